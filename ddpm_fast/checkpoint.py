@@ -1,0 +1,230 @@
+"""Checkpoints: a folder of safetensors and a manifest that is written last. Never pickle.
+
+checkpoints/step_00000500/{model,ema,optimizer}.safetensors + manifest.json. The folder is built
+under a temporary name, each file flushed to disk, and renamed: it is complete or it is not there.
+The manifest holds each file's size and SHA-256, because a flipped bit loads silently otherwise.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+_NAME = re.compile(r"step_(\d{8,})")
+
+Tensors = Mapping[str, Tensor]
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be written or trusted: one line naming the file and the fault."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint: its folder, step, manifest, and tensors on the CPU."""
+
+    path: Path
+    step: int
+    manifest: dict[str, Any]
+    parts: dict[str, dict[str, Tensor]]
+
+
+def save(
+    folder: Path, step: int, parts: Mapping[str, Tensors], facts: Mapping[str, Any], *, keep: int
+) -> Path:
+    """Write `folder`/step_XXXXXXXX, then remove all but the newest `keep`.
+
+    parts    name -> state dict; becomes <name>.safetensors
+    facts    JSON values for the manifest, such as seed and net
+    returns  the checkpoint's folder
+    raises   CheckpointError  disk full or not writable; earlier checkpoints are untouched
+    """
+    final = folder / f"step_{step:08d}"
+    temporary = folder / f".{final.name}.{os.getpid()}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(folder)
+        _check_space(folder, parts)
+        temporary.mkdir()
+        _write_parts(temporary, step, parts, facts)
+        _put_in_place(temporary, final)
+    except OSError as error:
+        reason = "disk full" if error.errno in (errno.ENOSPC, errno.EFBIG) else error.strerror
+        raise CheckpointError(
+            f"checkpoint {final} not written: {reason}; earlier checkpoints are untouched"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for old in steps_in(folder)[:-keep]:
+        shutil.rmtree(folder / f"step_{old:08d}", ignore_errors=True)
+    return final
+
+
+def steps_in(folder: Path) -> list[int]:
+    """Steps of the checkpoints in `folder`, rising; healthy or not."""
+    names = (_NAME.fullmatch(entry.name) for entry in folder.glob("step_*"))
+    return sorted(int(name[1]) for name in names if name)
+
+
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint folder; CheckpointError if a file is missing, cut or altered."""
+    manifest = _read_manifest(path)
+    parts = {}
+    for name, recorded in manifest["files"].items():
+        data = _read(path / name)
+        if len(data) != recorded["bytes"]:
+            raise CheckpointError(
+                f"{path / name} has {len(data)} bytes, its manifest says {recorded['bytes']}"
+            )
+        if hashlib.sha256(data).hexdigest() != recorded["sha256"]:
+            raise CheckpointError(f"{path / name} was altered: its SHA-256 is not the manifest's")
+        parts[name.removesuffix(".safetensors")] = load_safetensors(data)
+    return Checkpoint(path, manifest["step"], manifest, parts)
+
+
+def load_newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint:
+    """The newest healthy checkpoint in `folder`; `warn` is told of each that had to be skipped.
+
+    raises  CheckpointError  none is healthy
+    """
+    steps = steps_in(folder)
+    for step in reversed(steps):
+        try:
+            return load(folder / f"step_{step:08d}")
+        except CheckpointError as error:
+            warn(f"skipped a damaged checkpoint: {error}")
+    found = f"all {len(steps)} are damaged" if steps else "there is none"
+    raise CheckpointError(f"{folder} holds no checkpoint that can be loaded: {found}")
+
+
+def versions() -> dict[str, str]:
+    """What wrote this: package, torch, Python."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        own = version("ddpm-fast")
+    except PackageNotFoundError:
+        own = "not installed"
+    return {"ddpm_fast": own, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def check_state(expected: Tensors, found: Tensors, source: Path) -> None:
+    """CheckpointError naming the first tensor that is missing, unknown or of another shape."""
+    for name, tensor in expected.items():
+        if name not in found:
+            raise CheckpointError(f"{source} is of another architecture: it lacks {name!r}")
+        if found[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"{source} is of another architecture: {name!r} is {tuple(found[name].shape)}, "
+                f"this net's is {tuple(tensor.shape)}"
+            )
+    for name in found:
+        if name not in expected:
+            raise CheckpointError(
+                f"{source} is of another architecture: {name!r} is not in this net"
+            )
+
+
+def _write_parts(
+    folder: Path, step: int, parts: Mapping[str, Tensors], facts: Mapping[str, Any]
+) -> None:
+    files, shapes = {}, {}
+    for part, tensors in parts.items():
+        plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        data = save_safetensors(plain)
+        _write(folder / f"{part}.safetensors", data)
+        digest = hashlib.sha256(data).hexdigest()
+        files[f"{part}.safetensors"] = {"bytes": len(data), "sha256": digest}
+        shapes[part] = {name: list(t.shape) for name, t in plain.items()}
+    manifest = {"format": FORMAT, "step": step, "versions": versions(), **facts}
+    manifest |= {"files": files, "shapes": shapes}
+    _write(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+    _flush_folder(folder)
+
+
+def _put_in_place(temporary: Path, final: Path) -> None:
+    """Rename; a checkpoint of the same step steps aside until the new one stands."""
+    aside = final.with_name(f".{final.name}.{os.getpid()}.old")
+    if final.exists():
+        os.replace(final, aside)
+    os.replace(temporary, final)
+    _flush_folder(final.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """What a killed process left: half-written folders go, a checkpoint set aside comes back."""
+    for aside in folder.glob(".step_*.old"):
+        final = folder / aside.name[1:].split(".")[0]
+        if final.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            os.replace(aside, final)
+    for temporary in folder.glob(".step_*.tmp"):
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_space(folder: Path, parts: Mapping[str, Tensors]) -> None:
+    needed = sum(t.numel() * t.element_size() for part in parts.values() for t in part.values())
+    if shutil.disk_usage(folder).free < needed + 2**20:
+        raise OSError(errno.ENOSPC, "disk full")
+
+
+def _write(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make names durable; Windows has no such call."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from None
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(_read(path / MANIFEST))
+        if manifest["format"] != FORMAT:
+            raise CheckpointError(
+                f"{path} is of format {manifest['format']}, this version reads {FORMAT}"
+            )
+        files = {str(name): (int(f["bytes"]), str(f["sha256"])) for name, f in
+                 manifest["files"].items()}  # fmt: skip
+        int(manifest["step"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(
+            f"{path / MANIFEST} is damaged: not a checkpoint's manifest"
+        ) from None
+    for name in files:
+        if Path(name).name != name:
+            raise CheckpointError(f"{path / MANIFEST} names a file outside its folder: {name!r}")
+    return manifest

@@ -1,0 +1,1 @@
+"""Weights of other implementations: original.py reads the original repository's .pth files."""

@@ -1,0 +1,221 @@
+"""Decode once: image files -> data_root/cache/<key>/{images.npy, index.json}, memory-mapped.
+
+The key is a hash of the images' bytes and of how they are decoded, so a changed image, size or
+decoder has another folder. A folder is built under a temporary name and renamed when it is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from ddpm_fast.data.decode import DECODER_VERSION, UnreadableImage, decode
+from ddpm_fast.data.disk import lock, map_array, sync, sync_folder, writing
+from ddpm_fast.data.image_files import ImageFiles
+from ddpm_fast.data.image_set import DataError, ImageSet
+from ddpm_fast.data.parallel import in_order
+from ddpm_fast.data.progress import OnProgress, reporting
+
+NAMED_IMAGES = 5  # of the unreadable ones, in a message
+DEFAULT_CHANNELS = 3
+
+Bad = tuple[tuple[int, str], ...]  # (index into names, reason)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Cached:
+    images: np.ndarray  # (M - len(bad), C, H, W) uint8 memmap
+    bad: Bad
+
+
+def open_cached(
+    files: ImageFiles,
+    *,
+    data_root: Path,
+    image_size: int | None,
+    channels: int | None,
+    skip_bad_images: bool,
+    on_progress: OnProgress | None,
+) -> ImageSet:
+    """Image files as an ImageSet, from the cache or decoded into it.
+
+    image_size, channels, skip_bad_images, on_progress   as in open_images
+    returns      (M, C, H, W) uint8 memmap in the order of files.names, less the unreadable ones;
+                 photographs
+    warns        UserWarning  one line, when images are skipped
+    raises       DataError    unreadable images without skip_bad_images or without any other image,
+                              sizes that differ without image_size, disk full
+    """
+    channels = channels or DEFAULT_CHANNELS
+    folder = Path(data_root) / "cache" / _key(files, image_size, channels)
+    cached = _open(folder, len(files.names))
+    if cached is None:
+        with lock(folder.with_name(folder.name + ".lock")):
+            cached = _open(folder, len(files.names))  # another rank may have been first
+            if cached is None:
+                _build(files, folder, image_size, channels, on_progress)
+                cached = _open(folder, len(files.names))
+    if cached is None:
+        raise DataError(f"{folder} was written and cannot be read back; allowed: a healthy disk")
+    if cached.bad:
+        line = f"{files.source}: {_named(files, cached.bad)}"
+        if not skip_bad_images:
+            raise DataError(f"{line}; give --skip-bad-images to leave them out")
+        warnings.warn(f"{line}; skipped", stacklevel=2)
+    labels = files.labels()
+    if labels is not None:
+        labels = np.delete(labels, [index for index, _ in cached.bad])
+    return ImageSet(
+        images=cached.images,
+        labels=labels,
+        class_names=files.class_names(),
+        name=files.source,
+        photographs=True,
+    )
+
+
+def _key(files: ImageFiles, image_size: int | None, channels: int) -> str:
+    made_from = [DECODER_VERSION, image_size, channels, files.digest]
+    return hashlib.blake2b(json.dumps(made_from).encode(), digest_size=16).hexdigest()
+
+
+def _named(files: ImageFiles, bad: Bad) -> str:
+    shown = [f"{files.names[index]!r} ({reason})" for index, reason in bad[:NAMED_IMAGES]]
+    rest = [f"{len(bad) - len(shown)} more"] if len(bad) > len(shown) else []
+    return f"{len(bad)} of {len(files.names)} images cannot be read: {', '.join(shown + rest)}"
+
+
+def _open(folder: Path, num_files: int) -> _Cached | None:
+    """The cache in `folder`, or None when it is missing, cut short or not as its index says."""
+    path = folder / "images.npy"
+    try:
+        index = json.loads((folder / "index.json").read_text())
+        images = map_array(path)
+        bad = tuple((int(i), str(reason)) for i, reason in index["bad"])
+        whole = path.stat().st_size == index["num_bytes"] and list(images.shape) == index["shape"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if not whole or images.dtype != np.uint8 or len(images) + len(bad) != num_files:
+        return None
+    return _Cached(images=images, bad=bad)
+
+
+def _build(
+    files: ImageFiles,
+    folder: Path,
+    image_size: int | None,
+    channels: int,
+    on_progress: OnProgress | None,
+) -> None:
+    """Decode everything into `folder`; the caller holds its lock."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+    Image.init()  # here, rather than in every thread at once
+    what = f"decoding {files.source}"
+    try:
+        with (
+            writing(temporary),
+            warnings.catch_warnings(),
+            reporting(what, len(files.names), on_progress=on_progress) as update,
+            closing(
+                in_order(_decoder(files, image_size, channels), len(files.names), update)
+            ) as results,
+        ):
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # decode() refuses them
+            warnings.filterwarnings("ignore", module=r"PIL\.")  # notes on bad metadata
+            temporary.mkdir(parents=True)
+            with open(temporary / "images.npy", "wb") as file:
+                index = _write(file, files, results)
+            with open(temporary / "index.json", "w") as file:
+                json.dump(index, file)
+                sync(file)
+            sync_folder(temporary)
+            if folder.exists():  # stale: _open did not take it
+                shutil.rmtree(folder)
+            os.rename(temporary, folder)
+            sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _decoder(
+    files: ImageFiles, image_size: int | None, channels: int
+) -> Callable[[int], np.ndarray | str]:
+    """index -> the image's (C, H, W) pixels, or why it has none."""
+
+    def decode_file(index: int) -> np.ndarray | str:
+        try:
+            return decode(files.read(index), image_size=image_size, channels=channels)
+        except UnreadableImage as error:
+            return " ".join(str(error).split())
+        except OSError as error:
+            return error.strerror or str(error)
+
+    return decode_file
+
+
+def _write(file: BinaryIO, files: ImageFiles, results: Iterator[np.ndarray | str]) -> dict:
+    """Write the readable images as one .npy array and return the index.
+
+    Plain writes, not a memory map: a full disk is an OSError for the one, SIGBUS for the other.
+    """
+    bad: list[tuple[int, str]] = []
+    first: tuple[int, np.ndarray] | None = None
+    for index, result in enumerate(results):
+        if isinstance(result, str):
+            bad.append((index, result))
+            continue
+        if first is None:
+            first = (index, result)
+            header_bytes = _write_header(file, len(files.names), result.shape)
+            _check_space(file, len(files.names) * result.size)
+        elif result.shape != first[1].shape:
+            raise DataError(_sizes_differ(files, first, (index, result)))
+        file.write(result.tobytes())
+    if first is None:
+        raise DataError(f"{files.source}: {_named(files, tuple(bad))}; allowed: readable images")
+    shape = (len(files.names) - len(bad), *first[1].shape)
+    file.seek(0)
+    if _write_header(file, shape[0], shape[1:]) != header_bytes:
+        raise AssertionError("NumPy pads .npy headers so that the number of rows may change")
+    sync(file)
+    num_bytes = header_bytes + math.prod(shape)
+    return {"shape": shape, "num_bytes": num_bytes, "bad": bad}
+
+
+def _write_header(file: BinaryIO, num_images: int, image_shape: tuple[int, ...]) -> int:
+    shape = (num_images, *image_shape)
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+    return file.tell()
+
+
+def _check_space(file: BinaryIO, num_bytes: int) -> None:
+    """Say at the first image, not hours later, that the last will not fit."""
+    folder = os.path.dirname(file.name)
+    free = shutil.disk_usage(folder).free
+    if num_bytes > free:
+        raise DataError(
+            f"disk full: decoding needs {num_bytes} bytes in {folder}, {free} are free;"
+            " free some space there, or give --data-root a folder on another disk"
+        )
+
+
+def _sizes_differ(files: ImageFiles, *images: tuple[int, np.ndarray]) -> str:
+    sizes = [f"{files.names[i]!r} is {x.shape[2]}x{x.shape[1]}" for i, x in images]
+    return (
+        f"{files.source}: {' and '.join(sizes)}; allowed: one size for all,"
+        " or give --image-size N to resize and crop them"
+    )

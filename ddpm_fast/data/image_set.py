@@ -1,0 +1,67 @@
+"""A set of images in memory or memory-mapped: uint8 pixels, optional labels, what they allow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+CHANNELS = (1, 3)
+MAX_CLASSES = 100_000  # a label past it is a mistake (an index, a hash), not a class
+
+
+class DataError(ValueError):
+    """Data that cannot be used: one line saying what was given and what is allowed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSet:
+    """Images and what is known about them; checks itself.
+
+    images       (M, C, H, W)  uint8, memmap or not; C 1 (grey) or 3 (RGB); x_0 = images / 127.5 - 1
+    labels       (M,)          int64, 0..num_classes - 1, or None
+    class_names                one name a class; empty exactly when labels is None
+    name                       what the set is called in messages
+    photographs                True: a mirrored image is as good (horizontal flips allowed)
+    raises       DataError     naming the value that breaks one of these rules
+    """
+
+    images: np.ndarray
+    labels: np.ndarray | None = None
+    class_names: tuple[str, ...] = ()
+    name: str
+    photographs: bool
+
+    def __post_init__(self) -> None:
+        images = self.images
+        if images.dtype != np.uint8:
+            raise DataError(f"{self.name}: images are {images.dtype}; allowed: uint8, 0..255")
+        if images.ndim != 4 or images.shape[1] not in CHANNELS or 0 in images.shape:
+            raise DataError(
+                f"{self.name}: images have shape {images.shape};"
+                " allowed: (M, C, H, W), none of them 0, C 1 or 3"
+            )
+        if self.labels is None:
+            if self.class_names:
+                raise DataError(f"{self.name}: {self.num_classes} class names without labels")
+            return
+        self._check_labels(self.labels)
+
+    def _check_labels(self, labels: np.ndarray) -> None:
+        num_images = len(self.images)
+        if labels.dtype != np.int64 or labels.shape != (num_images,):
+            raise DataError(
+                f"{self.name}: labels are {labels.dtype} of shape {labels.shape};"
+                f" allowed: int64 of shape ({num_images},), one an image"
+            )
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= self.num_classes:
+            raise DataError(
+                f"{self.name}: labels run from {low} to {high};"
+                f" allowed: 0..{self.num_classes - 1} (num_classes={self.num_classes})"
+            )
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; 0 for a set without labels."""
+        return len(self.class_names)

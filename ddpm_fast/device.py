@@ -1,0 +1,27 @@
+"""Which device a command runs on."""
+
+from __future__ import annotations
+
+import torch
+
+from ddpm_fast.arguments import UsageError
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto" -> CUDA if there is one, else the CPU; UsageError for a device that is not there."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        name = "cuda" if count else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {name}: must be auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= count:
+        found = f"{count} CUDA device{'s' * (count != 1)}" if count else "no CUDA device"
+        raise UsageError(
+            f"--device {name}: this machine has {found} that torch {torch.__version__} can use; "
+            "allowed here: " + ", ".join(["cpu", *(f"cuda:{i}" for i in range(count))])
+        )
+    return device

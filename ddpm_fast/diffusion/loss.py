@@ -1,0 +1,27 @@
+"""Distances between predicted and true noise, averaged over every element."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ddpm_fast.wording import nearest
+
+_LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.smooth_l1_loss}
+LOSSES = tuple(_LOSSES)
+
+
+def check_loss(kind: str) -> str:
+    """`kind` itself; ValueError unless it is one of LOSSES."""
+    if kind not in _LOSSES:
+        raise ValueError(f"loss={kind!r}{nearest(kind, LOSSES)} must be one of {', '.join(LOSSES)}")
+    return kind
+
+
+def distance(prediction: Tensor, target: Tensor, kind: str = "l2") -> Tensor:
+    """Mean |d|, d^2, or Huber of width 1 ("l1", "l2", "huber") of d = prediction - target.
+
+    prediction, target  (N, C, H, W); compared in fp32
+    returns             () fp32
+    """
+    return _LOSSES[check_loss(kind)](prediction.float(), target.float())

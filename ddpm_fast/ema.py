@@ -1,0 +1,50 @@
+"""ema = decay * ema + (1 - decay) * weight, in fp32, at addresses that never change."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+
+class EMA:
+    """Exponential moving average of a net's weights, kept in a frozen copy of the net.
+
+    net      the net to follow; its running averages (batch norm) are copied, not averaged
+    decay    in [0, 1): share kept at each update
+    warmup   decay for update k (from 1) is min(decay, (1 + k) / (10 + k)), so that the first
+             averages are not mostly the initial weights
+    raises   ValueError for a decay outside [0, 1)
+
+    `ema.net` is the averaged net: fp32, eval mode, no gradients. Sample from it as it is.
+    """
+
+    def __init__(self, net: nn.Module, decay: float = 0.9999, *, warmup: bool = False) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay={decay} must be in [0, 1)")
+        self.decay, self.warmup, self.updates = decay, warmup, 0
+        self.net = copy.deepcopy(net).float().eval().requires_grad_(False)
+        self._average = list(self.net.parameters())
+
+    def decay_at(self, update: int) -> float:
+        """The decay of the update-th update, counted from 1."""
+        return min(self.decay, (1 + update) / (10 + update)) if self.warmup else self.decay
+
+    @torch.no_grad()
+    def update(self, net: nn.Module) -> None:
+        """Move the averages towards `net`'s weights."""
+        self.updates += 1
+        weights = [w.float() for w in net.parameters()]
+        torch._foreach_lerp_(self._average, weights, 1 - self.decay_at(self.updates))
+        for mine, theirs in zip(self.net.buffers(), net.buffers(), strict=True):
+            mine.copy_(theirs)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averaged weights, under the net's own names."""
+        return self.net.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor], *, updates: int) -> None:
+        """Continue from saved averages and the number of updates behind them."""
+        self.net.load_state_dict(state)
+        self.updates = updates

@@ -1,0 +1,279 @@
+"""The U-Net of Ho et al. 2020, with the original repository's constructor and parameter names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddpm_fast.kernels.philox import Stream
+from ddpm_fast.nn import config as nn_config
+from ddpm_fast.nn.blocks import (
+    AttentionBlock,
+    Downsample,
+    ResidualBlock,
+    TimeEmbedding,
+    Upsample,
+    make_norm,
+)
+from ddpm_fast.nn.config import UNetConfig
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "silu": F.silu,
+    "mish": F.mish,
+}
+
+
+class UNet(nn.Module):
+    """eps = net(x, time, y): predicts the noise in x_t.
+
+    The positional arguments and their defaults are the original repository's
+    (dongwookim-ml/DDPM); the keyword ones are described at :class:`UNetConfig`.
+
+    In training mode with dropout, masks are functions of the int64 buffer `rng` = [seed, step,
+    first_index]. Every such forward advances its step, so an ordinary training loop needs no
+    care; a trainer that wants exact resume writes the buffer before each forward.
+
+    raises  ValueError   a configuration outside its rules, naming the field and the rule
+    """
+
+    def __init__(
+        self,
+        img_channels: int,
+        base_channels: int,
+        channel_mults: tuple[int, ...] = (1, 2, 4, 8),
+        num_res_blocks: int = 2,
+        time_emb_dim: int | None = None,
+        time_emb_scale: float = 1.0,
+        num_classes: int | None = None,
+        activation: Callable[[Tensor], Tensor] | str = F.relu,
+        dropout: float = 0.1,
+        attention_resolutions: tuple[int, ...] = (),
+        norm: str | None = "gn",
+        num_groups: int = 32,
+        initial_pad: int = 0,
+        *,
+        num_heads: int = 1,
+        head_dim: int | None = None,
+        freq_shift: float = 0.0,
+        downsample: str = "symmetric",
+        norm_eps: float = 1e-5,
+        init: str = "torch",
+        upsample: str = "auto",
+        image_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config = UNetConfig(
+            img_channels=img_channels,
+            base_channels=base_channels,
+            channel_mults=channel_mults,
+            num_res_blocks=num_res_blocks,
+            time_emb_dim=time_emb_dim,
+            time_emb_scale=time_emb_scale,
+            num_classes=num_classes,
+            activation=_activation_name(activation),
+            dropout=dropout,
+            attention_resolutions=attention_resolutions,
+            norm=norm,
+            num_groups=num_groups,
+            initial_pad=initial_pad,
+            num_heads=num_heads,
+            head_dim=head_dim,
+            freq_shift=freq_shift,
+            downsample=downsample,
+            norm_eps=norm_eps,
+            init=init,
+            upsample=upsample,
+            image_size=image_size,
+        )
+        self.activation = _ACTIVATIONS.get(config.activation, config.activation)
+        self.img_channels, self.num_classes = img_channels, num_classes
+        self.image_size, self.initial_pad = image_size, initial_pad
+        self._build(config)
+        rng = torch.tensor([torch.initial_seed() % 2**63, 0, 0], dtype=torch.int64)
+        self.register_buffer("rng", rng, persistent=False)
+        if config.init == "zero":
+            self._zero_last_convs()
+
+    def _build(self, config: UNetConfig) -> None:
+        base = config.base_channels
+        self.time_mlp = None
+        if config.time_emb_dim is not None:
+            self.time_mlp = nn.Sequential(
+                TimeEmbedding(base, config.time_emb_scale, config.freq_shift),
+                nn.Linear(base, config.time_emb_dim),
+                nn.SiLU(),
+                nn.Linear(config.time_emb_dim, config.time_emb_dim),
+            )
+        self.init_conv = nn.Conv2d(config.img_channels, base, 3, padding=1)
+
+        widths = [base * mult for mult in config.channel_mults]
+        make_block = _block_maker(config, self.activation)
+        self.downs, self.ups = nn.ModuleList(), nn.ModuleList()
+        channels, skips = base, [base]
+        for level, width in enumerate(widths):
+            for _ in range(config.num_res_blocks):
+                self.downs.append(
+                    make_block(channels, width, level in config.attention_resolutions)
+                )
+                channels = width
+                skips.append(channels)
+            if level != len(widths) - 1:
+                self.downs.append(Downsample(channels, config.downsample))
+                skips.append(channels)
+        self.mid = nn.ModuleList(
+            [make_block(channels, channels, True), make_block(channels, channels, False)]
+        )
+        for level, width in reversed(list(enumerate(widths))):
+            for _ in range(config.num_res_blocks + 1):
+                attention = level in config.attention_resolutions
+                self.ups.append(make_block(skips.pop() + channels, width, attention))
+                channels = width
+            if level != 0:
+                self.ups.append(Upsample(channels, config.upsample))
+        self.out_norm = make_norm(config.norm, channels, config.num_groups, config.norm_eps)
+        self.out_conv = nn.Conv2d(channels, config.img_channels, 3, padding=1)
+
+    @classmethod
+    def from_config(cls, config: UNetConfig) -> UNet:
+        return cls(**vars(config))
+
+    @classmethod
+    def from_preset(cls, name: str, **changes: Any) -> UNet:
+        """The net of a row of PRESETS: "digits", "cifar10" or "seed-cifar10".
+
+        changes  constructor arguments that replace the row's, such as dropout=0.0
+        raises   ValueError for an unknown preset or argument, naming the nearest
+        """
+        return cls.from_config(nn_config.preset(name, **changes))
+
+    def forward(self, x: Tensor, time: Tensor | None = None, y: Tensor | None = None) -> Tensor:
+        """Predict the noise in x_t.
+
+        x        (N, C, H, W)  float; padded H and W multiples of config.size_divisor
+        time     (N,)          int or float steps; needed when the net has a time embedding
+        y        (N,)          int64 classes in [0, num_classes); needed when it has classes
+        returns  (N, C, H, W)  as x
+        raises   ValueError    a missing input, or a shape or class outside its rule
+        """
+        self._check_inputs(x, time, y)
+        pad = self.initial_pad
+        if pad:
+            x = F.pad(x, (pad,) * 4)
+        time_emb, rng = self._time_embedding(time), self._next_rng()
+
+        x = self.init_conv(x)
+        skips = [x]
+        for layer in self.downs:
+            x = layer(x) if isinstance(layer, Downsample) else layer(x, time_emb, y, rng)
+            skips.append(x)
+        for layer in self.mid:
+            x = layer(x, time_emb, y, rng)
+        for layer in self.ups:
+            if isinstance(layer, Upsample):
+                x = layer(x)
+            else:
+                x = layer(torch.cat((x, skips.pop()), dim=1), time_emb, y, rng)
+        x = self.out_conv(self.activation(self.out_norm(x)))
+        return x[:, :, pad:-pad, pad:-pad] if pad else x
+
+    def set_rng(self, seed: int, step: int, first_index: int = 0) -> None:
+        """Set what the next dropout masks are functions of; the tensor keeps its address."""
+        for i, value in enumerate((seed, step, first_index)):
+            self.rng[i].fill_(value)  # a launch, where copying from the host would wait
+
+    def _time_embedding(self, time: Tensor | None) -> Tensor | None:
+        """(N,) -> activated embedding (N, D), shared by all blocks."""
+        if self.time_mlp is None:
+            return None
+        embedding, linear, silu, out = self.time_mlp
+        return self.activation(out(silu(linear(embedding(time).to(linear.weight.dtype)))))
+
+    def _next_rng(self) -> Tensor | None:
+        """This forward's [seed, step, first_index]; the buffer moves on to the next step."""
+        if not (self.training and self.config.dropout):
+            return None
+        rng = self.rng.clone()  # backward redraws its masks from it after the buffer moved on
+        self.rng[1] += 1
+        return rng
+
+    def _check_inputs(self, x: Tensor, time: Tensor | None, y: Tensor | None) -> None:
+        config, pad = self.config, self.initial_pad
+        if x.ndim != 4 or x.shape[1] != config.img_channels:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}, must be (N, {config.img_channels}, H, W)"
+            )
+        n, _, h, w = x.shape
+        if (h + 2 * pad) % config.size_divisor or (w + 2 * pad) % config.size_divisor:
+            padded = f" after padding by {pad}" if pad else ""
+            raise ValueError(
+                f"image of {h}x{w} pixels{padded} must be divisible by {config.size_divisor} "
+                f"in height and width (channel_mults has {len(config.channel_mults)} levels)"
+            )
+        if self.time_mlp is not None:
+            if time is None:
+                raise ValueError("time=None, but the net was built with time_emb_dim: pass (N,)")
+            if time.shape != (n,):
+                raise ValueError(f"time has shape {tuple(time.shape)}, must be ({n},) as x's batch")
+        if config.num_classes is not None:
+            if y is None:
+                raise ValueError("y=None, but the net was built with num_classes: pass (N,)")
+            _check_classes(y, n, config.num_classes)
+
+    def _zero_last_convs(self) -> None:
+        convs = [self.out_conv]
+        for module in self.modules():
+            if isinstance(module, ResidualBlock):
+                convs.append(module.conv_2[1])
+            elif isinstance(module, AttentionBlock):
+                convs.append(module.to_out)
+        for conv in convs:
+            nn.init.zeros_(conv.weight)
+            nn.init.zeros_(conv.bias)
+
+
+def _block_maker(
+    config: UNetConfig, activation: Callable[[Tensor], Tensor]
+) -> Callable[[int, int, bool], ResidualBlock]:
+    """(in_channels, out_channels, attention) -> ResidualBlock; numbers the dropout streams."""
+    streams: Iterator[int] = iter(range(Stream.DROPOUT, 2**31))
+
+    def norm(channels: int) -> nn.Module:
+        return make_norm(config.norm, channels, config.num_groups, config.norm_eps)
+
+    def make_block(in_channels: int, out_channels: int, attention: bool) -> ResidualBlock:
+        return ResidualBlock(
+            in_channels,
+            out_channels,
+            dropout=config.dropout,
+            stream=next(streams),
+            make_norm=norm,
+            activation=activation,
+            time_emb_dim=config.time_emb_dim,
+            num_classes=config.num_classes,
+            num_heads=config.heads(out_channels) if attention else None,
+        )
+
+    return make_block
+
+
+def _activation_name(activation: Callable[[Tensor], Tensor] | str) -> Callable | str:
+    for name, function in _ACTIVATIONS.items():
+        if activation is function:
+            return name
+    return activation
+
+
+def _check_classes(y: Tensor, n: int, num_classes: int) -> None:
+    if y.shape != (n,):
+        raise ValueError(f"y has shape {tuple(y.shape)}, must be ({n},) as x's batch")
+    # Reading values would make the host wait for a GPU and would break a traced graph.
+    if y.device.type == "cpu" and not torch.compiler.is_compiling() and n:
+        low, high = int(y.min()), int(y.max())
+        if low < 0 or high >= num_classes:
+            bad = low if low < 0 else high
+            raise ValueError(f"y holds class {bad}, must be from 0 to {num_classes - 1}")

@@ -1,0 +1,310 @@
+"""What a training run is: one frozen dataclass, the presets' rows, the command line. No torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from ddpm_fast.arguments import UsageError, parse, rewrite
+from ddpm_fast.nn import config as nn_config
+from ddpm_fast.nn.config import UNetConfig
+from ddpm_fast.wording import nearest
+
+PROG = "python -m ddpm_fast.train"
+CONFIG_NAME = "config.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Train a DDPM U-Net. A run is a function of these values and of the step number."""
+
+    preset: str = "digits"
+    """net and settings to start from: digits, cifar10 (Ho et al. 2020), seed-cifar10"""
+    data: str = "digits"
+    """digits, cifar10, a folder of images, a .npy/.npz of uint8, or a .zip of images"""
+    data_root: str = "data"
+    """folder for downloads and decoded images"""
+    image_size: int | None = None
+    """pixels a side to resize to; None: as stored, or the preset's for photographs"""
+    skip_bad_images: bool = False
+    """leave out images that cannot be read, instead of stopping"""
+    flip: Literal["auto", "on", "off"] = "auto"
+    """mirror images at random; auto: photographs only"""
+    use_labels: bool = False
+    """train a class-conditional net on the data's labels"""
+
+    base_channels: int = 32
+    """the net's width at full resolution"""
+    channel_mults: tuple[int, ...] = (1, 2, 2)
+    """width factor of each level, as 1,2,2 or 1 2 2"""
+    num_res_blocks: int = 1
+    """residual blocks a level"""
+    time_emb_dim: int = 128
+    """width of the time embedding"""
+    attention_resolutions: tuple[int, ...] = (2,)
+    """levels that have attention, 0 = full resolution"""
+    norm: Literal["gn", "in", "bn", "none"] = "gn"
+    """normalisation: group, instance, batch or none"""
+    num_groups: int = 8
+    """groups of the group norm"""
+    activation: Literal["relu", "silu", "mish"] = "silu"
+    """non-linearity"""
+    dropout: float = 0.0
+    """share of activations dropped in the residual blocks"""
+
+    schedule: Literal["linear", "cosine", "sigmoid"] = "cosine"
+    """noise schedule"""
+    num_timesteps: int = 1000
+    """diffusion steps T"""
+    schedule_low: float = 1e-4
+    """first beta of the linear schedule at T = 1000"""
+    schedule_high: float = 0.02
+    """last beta of the linear schedule at T = 1000"""
+    loss: Literal["l1", "l2", "huber"] = "l2"
+    """distance between true and predicted noise"""
+
+    iterations: int = 1500
+    """training steps"""
+    batch_size: int = 64
+    """images a step"""
+    learning_rate: float = 2e-3
+    """peak learning rate"""
+    lr_schedule: Literal["constant", "cosine"] = "cosine"
+    """after the warm-up: constant, or half a cosine down to 0 at the last step"""
+    warmup_steps: int = 100
+    """steps of linear warm-up"""
+    optimizer: Literal["adam", "adamw"] = "adamw"
+    """Adam, or AdamW with weight_decay"""
+    weight_decay: float = 0.0
+    """AdamW's decoupled decay"""
+    grad_clip: float = 1.0
+    """largest global gradient norm; 0: no clipping"""
+    ema_decay: float = 0.995
+    """share of the averaged weights kept at each update"""
+    ema_update_rate: int = 1
+    """steps between updates of the averaged weights"""
+    ema_warmup: bool = True
+    """let the average forget the first weights faster: decay <= (1 + k) / (10 + k)"""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """bf16 autocast or fp32; auto: bf16 on CUDA, fp32 elsewhere"""
+    seed: int = 0
+    """the run's only source of randomness"""
+
+    device: str = "auto"
+    """auto (CUDA if there is one), cpu, cuda, cuda:1, ..."""
+    compile: bool = False
+    """compile the net with torch.compile where that pays, which is on CUDA"""
+    force_compile: bool = False
+    """compile also on CPU"""
+
+    run_dir: str | None = None
+    """folder of the run; None: runs/<preset>-<time>"""
+    log_every: int = 50
+    """steps between log lines"""
+    sample_every: int = 500
+    """steps between sample grids; 0: none"""
+    sample_images: int = 64
+    """images of a sample grid"""
+    sample_steps: int = 50
+    """DDIM steps of a sample grid"""
+    checkpoint_every: int = 500
+    """steps between checkpoints; 0: only the last"""
+    keep_checkpoints: int = 3
+    """newest checkpoints kept"""
+    tensorboard: bool = False
+    """also log to TensorBoard (pip install 'ddpm-fast[logging]')"""
+    wandb: bool = False
+    """also log to Weights & Biases (pip install 'ddpm-fast[logging]')"""
+
+    def __post_init__(self) -> None:
+        _check_preset(self.preset)
+        for name in ("iterations", "batch_size", "num_timesteps", "log_every", "ema_update_rate",
+                     "keep_checkpoints", "sample_images", "sample_steps"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("sample_every", "checkpoint_every", "warmup_steps", "grad_clip",
+                     "weight_decay"):  # fmt: skip
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if not 0 < self.learning_rate < float("inf"):
+            raise ValueError(f"learning_rate={self.learning_rate} must be positive and finite")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay={self.ema_decay} must be in [0, 1)")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed} must be from 0 to 2**63 - 1")
+        if self.sample_steps > self.num_timesteps:
+            raise ValueError(
+                f"sample_steps={self.sample_steps} must be at most "
+                f"num_timesteps={self.num_timesteps}"
+            )
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise ValueError(f"device={self.device!r} must be auto, cpu, cuda or cuda:N")
+        self.net_config()
+
+    def net_config(self, **changes: Any) -> UNetConfig:
+        """The net's configuration: the preset's row with this run's flags over it."""
+        flags = {
+            name: getattr(self, name)
+            for name in ("base_channels", "channel_mults", "num_res_blocks", "time_emb_dim",
+                         "attention_resolutions", "num_groups", "activation", "dropout")
+        }  # fmt: skip
+        norm = None if self.norm == "none" else self.norm
+        return nn_config.preset(self.preset, **{**flags, "norm": norm, **changes})
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+
+_CIFAR10 = dict(
+    data="cifar10", schedule="linear", iterations=800_000, batch_size=128, learning_rate=2e-4,
+    lr_schedule="constant", warmup_steps=5000, optimizer="adam", ema_decay=0.9999, log_every=100,
+    sample_every=5000, checkpoint_every=5000,
+)  # fmt: skip
+
+# Training settings beside the net's own row in nn.config.PRESETS.
+PRESETS: dict[str, dict[str, Any]] = {
+    "digits": {},
+    "cifar10": _CIFAR10,  # Ho et al. 2020, appendix B
+    "seed-cifar10": _CIFAR10,
+}
+
+# The original repository's spellings, and the natural ones.
+RENAMED = {
+    "log-rate": "log-every",
+    "checkpoint-rate": "checkpoint-every",
+    "log-dir": "run-dir",
+    "loss-type": "loss",
+    "lr": "learning-rate",
+    "batch": "batch-size",
+}
+
+# What may differ when a run goes on; all else would make it another run.
+RESUMABLE = frozenset({
+    "iterations", "data_root", "device", "compile", "force_compile", "run_dir", "log_every",
+    "sample_every", "sample_images", "sample_steps", "checkpoint_every", "keep_checkpoints",
+    "tensorboard", "wandb",
+})  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainCommand(TrainConfig):
+    """Train a DDPM U-Net.
+
+    Without flags: the preset "digits", some minutes on two CPU cores. Values come from the
+    preset, then from --config, then from the flags, the later ones winning.
+    """
+
+    config: str | None = None
+    """config.json of an earlier run, to start a new one with its values"""
+    resume: str | None = None
+    """folder of a run to continue, with its own configuration"""
+    auto_resume: bool = False
+    """continue the run in --run-dir if it is there, else start it"""
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """A parsed command line: the run's values, and whether it continues an existing folder."""
+
+    config: TrainConfig
+    resume: bool
+
+
+def parse_command(argv: Sequence[str]) -> Invocation:
+    """argv -> Invocation; UsageError for anything that cannot be run."""
+    given = _control_values(rewrite(TrainCommand, argv, RENAMED))
+    try:
+        base, resume = _base_values(given)
+        default = TrainCommand(**base)
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from None
+    command = parse(TrainCommand, argv, prog=PROG, default=default, renamed=RENAMED)
+    values = {field.name: getattr(command, field.name) for field in fields(TrainConfig)}
+    try:
+        config = TrainConfig(**values)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    if resume:
+        _check_same_run(TrainConfig(**base), config)
+    return Invocation(config, resume)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The values of a config.json; UsageError if it is not one."""
+    try:
+        values = json.loads(path.read_text())
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror or error}; give a run's {CONFIG_NAME}") from None
+    except ValueError:
+        raise UsageError(f"{path} is not JSON; give a run's {CONFIG_NAME}") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"{path} must hold an object of flags and values")
+    names = [field.name for field in fields(TrainConfig)]
+    for name in values:
+        if name not in names:
+            raise UsageError(f"{path}: unknown key {name!r}{nearest(name, names)}")
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+
+
+def _control_values(argv: list[str]) -> dict[str, str | None]:
+    """The flags that decide where the other values come from, read before the full parse."""
+    given: dict[str, str | None] = {}
+    for flag, value in zip(argv, [*argv[1:], None], strict=False):
+        name = flag.removeprefix("--")
+        if name in ("auto-resume", "no-auto-resume"):
+            given["auto-resume"] = None if name.startswith("no-") else "yes"
+        elif name in ("preset", "config", "resume", "run-dir") and flag.startswith("--"):
+            if value is None or value.startswith("--"):
+                raise UsageError(f"{flag} needs a value")
+            given[name] = value
+    return given
+
+
+def _base_values(given: dict[str, str | None]) -> tuple[dict[str, Any], bool]:
+    """Values under the flags, and whether an existing run goes on."""
+    run_dir = given.get("resume")
+    if given.get("auto-resume"):
+        if run_dir or not given.get("run-dir"):
+            raise UsageError("--auto-resume goes with --run-dir DIR and without --resume")
+        if (Path(given["run-dir"]) / CONFIG_NAME).is_file():
+            run_dir = given["run-dir"]
+    if run_dir:
+        if not Path(run_dir).is_dir():
+            raise UsageError(f"--resume {run_dir}: no such run folder")
+        return {**read_config(Path(run_dir) / CONFIG_NAME), "run_dir": run_dir}, True
+    values = read_config(Path(given["config"])) if given.get("config") else {}
+    values.pop("run_dir", None)  # a new run has its own folder
+    preset = given.get("preset") or values.get("preset", "digits")
+    if preset != values.get("preset"):
+        values = {**preset_values(preset), **{k: v for k, v in values.items() if k != "preset"}}
+    return values, False
+
+
+def preset_values(name: str) -> dict[str, Any]:
+    """All TrainConfig values that a preset fixes; ValueError for an unknown one."""
+    _check_preset(name)
+    row = nn_config.PRESETS[name]
+    shared = {field.name for field in fields(TrainConfig)} & set(row) - {"image_size"}
+    defaults = {"num_groups": 32} | {key: row[key] for key in shared}
+    return {"preset": name, **defaults, **PRESETS[name]}
+
+
+def _check_preset(name: str) -> None:
+    if name not in PRESETS:
+        raise ValueError(
+            f"unknown preset {name!r}{nearest(name, PRESETS)}; presets: {', '.join(PRESETS)}"
+        )
+
+
+def _check_same_run(saved: TrainConfig, wanted: TrainConfig) -> None:
+    for field in fields(TrainConfig):
+        old, new = getattr(saved, field.name), getattr(wanted, field.name)
+        if old != new and field.name not in RESUMABLE:
+            raise UsageError(
+                f"--{field.name.replace('_', '-')} was {old} in this run and cannot become {new}: "
+                "a resumed run keeps its own; start a new one with --config"
+            )

@@ -1,0 +1,241 @@
+"""The run around the steps: resume, log, sample, checkpoint, stop when asked, sum up."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ddpm_fast import checkpoint
+from ddpm_fast.checkpoint import CheckpointError
+from ddpm_fast.device import pick_device
+from ddpm_fast.diffusion.sampler import sample_images
+from ddpm_fast.images import grid, grid_scale, save_png, to_uint8
+from ddpm_fast.optimizer import load_state_tensors, state_tensors
+from ddpm_fast.train.config import PROG, Invocation
+from ddpm_fast.train.progress import Display, Measured, peak_gib
+from ddpm_fast.train.run_folder import RunFolder, default_run_dir
+from ddpm_fast.train.setup import compile_net, make_step, open_data
+from ddpm_fast.train.step import TrainStep
+from ddpm_fast.train.summary import summarise
+from ddpm_fast.train.trackers import Track, open_trackers
+
+
+class TrainingError(Exception):
+    """Training cannot go on: one line saying why and what is safe."""
+
+
+def train(invocation: Invocation) -> None:
+    """Run an invocation to its end or until it is told to stop.
+
+    raises  UsageError, DataError, RunFolderError, CheckpointError, TrainingError, OSError
+    """
+    config = invocation.config
+    device = pick_device(config.device)
+    images = open_data(config, print)
+    train_step = make_step(config, images, device)
+    path = Path(config.run_dir) if config.run_dir else default_run_dir(config.preset)
+    folder = RunFolder(path, resume=invocation.resume)
+    try:
+        trackers = open_trackers(config, path)
+        with Display(folder, config.iterations) as display, _stop_requests() as stop:
+            run = Run(train_step, folder, display, trackers)
+            if invocation.resume:
+                run.resume()
+            folder.write_config(replace(config, run_dir=str(path)))
+            run.announce()
+            compile_net(train_step, display.say)
+            run.steps(stop)
+            if run.step < config.iterations:
+                display.say(
+                    f"stopped by {stop[0]} after step {run.step}; checkpoint saved; continue with: "
+                    f"{PROG} --resume {path}"
+                )
+                return
+        summarise(train_step, folder, images, run.last_measured, display)
+    finally:
+        folder.close()
+
+
+class Run:
+    """A training run at `step` finished steps."""
+
+    def __init__(
+        self, train_step: TrainStep, folder: RunFolder, display: Display, trackers: list[Track]
+    ) -> None:
+        self.train_step, self.config = train_step, train_step.config
+        self.folder, self.display, self.trackers = folder, display, trackers
+        self.device = train_step.batches.device
+        self.step = 0
+        self.last_measured: Measured | None = None
+        self._saved_step: int | None = None
+        self._start_interval()
+
+    def announce(self) -> None:
+        config, net = self.config, self.train_step.net
+        millions = sum(p.numel() for p in self.train_step.parameters) / 1e6
+        images = self.train_step.batches.images
+        self.display.say(
+            f"training {config.preset} ({millions:.2f} M parameters) on {len(images.images)} "
+            f"images of {images.name}, {net.image_size}x{net.image_size}, batch {config.batch_size}, "
+            f"on {self.device}; run folder {self.folder.path}"
+        )
+
+    def steps(self, stop: list[str]) -> None:
+        """Train until `stop` holds a reason or all steps are done, then save."""
+        config = self.config
+        self._start_interval()
+        while self.step < config.iterations and not stop:
+            self.train_step(self.step)
+            self.step += 1
+            self.display.stepped(self.step)
+            if self.step == 1 or self.step % config.log_every == 0 or self._is_last():
+                self._measure()
+            with self._maintenance():
+                if _due(self.step, config.sample_every) or (
+                    config.sample_every and self._is_last()
+                ):
+                    self.save_samples()
+                if _due(self.step, config.checkpoint_every):
+                    self.save_checkpoint()
+        self.save_checkpoint()
+
+    def save_checkpoint(self) -> None:
+        """Write this step's checkpoint, unless it stands already or the weights are not finite."""
+        if self._saved_step == self.step:
+            return
+        self._check_finite()
+        parts = self.train_step
+        checkpoint.save(
+            self.folder.checkpoints,
+            self.step,
+            {
+                "model": parts.net.state_dict(),
+                "ema": parts.ema.state_dict(),
+                "optimizer": state_tensors(parts.optimizer, parts.net),
+            },
+            {
+                "seed": self.config.seed,
+                "ema_updates": parts.ema.updates,
+                "net": parts.net.config.to_json(),
+                "diffusion": parts.proc.to_json(),
+            },
+            keep=self.config.keep_checkpoints,
+        )
+        self._saved_step = self.step
+
+    def resume(self) -> None:
+        """Go back to the newest healthy checkpoint; a run killed before its first starts anew."""
+        if not checkpoint.steps_in(self.folder.checkpoints):
+            self.display.say("no checkpoint yet: starting from step 0")
+            self.folder.forget_metrics_after(0)
+            return
+        saved = checkpoint.load_newest(
+            self.folder.checkpoints, lambda text: self.display.say(f"warning: {text}")
+        )
+        parts = self.train_step
+        try:
+            model, ema, optimizer = (saved.parts[n] for n in ("model", "ema", "optimizer"))
+            updates = int(saved.manifest["ema_updates"])
+            checkpoint.check_state(parts.net.state_dict(), model, saved.path)
+            parts.net.load_state_dict(model)
+            parts.ema.load_state_dict(ema, updates=updates)
+            load_state_tensors(parts.optimizer, parts.net, optimizer)
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{saved.path} cannot be resumed: {error}") from None
+        self.step = self._saved_step = saved.step
+        self.folder.forget_metrics_after(self.step)
+        self.display.say(f"resumed after step {self.step} from {saved.path}")
+
+    def save_samples(self) -> None:
+        """samples/step_XXXXXXXX.png from the averaged weights: the same starts at every step."""
+        config, parts = self.config, self.train_step
+        classes = parts.net.num_classes
+        with parts.autocast():
+            images = sample_images(
+                parts.ema.net,
+                parts.proc,
+                config.sample_images,
+                steps=config.sample_steps,
+                batch_size=min(config.sample_images, 256),
+                y=None if classes is None else torch.arange(config.sample_images) % classes,
+                seed=config.seed,
+            )
+        path = self.folder.samples / f"step_{self.step:08d}.png"
+        columns = classes if classes and classes <= 20 else None
+        save_png(path, grid(to_uint8(images), columns, grid_scale(images.shape[-1])))
+
+    def _measure(self) -> None:
+        """Read the step's values from the device and report them."""
+        loss, norm = self.train_step.loss.item(), self.train_step.grad_norm.item()
+        now = time.perf_counter()
+        seconds = max(now - self._interval_start - self._maintenance_s, 1e-9)
+        steps = self.step - self._interval_step
+        measured = Measured(
+            step=self.step,
+            loss=loss,
+            lr=self.train_step.learning_rate(self.step - 1),
+            images_per_s=round(steps * self.config.batch_size / seconds, 2),
+            grad_norm=norm,
+            peak_gib=round(peak_gib(self.device), 3),
+        )
+        self._check_finite()
+        self.last_measured = measured
+        self.folder.add_metrics(measured.row())
+        seconds_left = (self.config.iterations - self.step) * seconds / steps
+        self.display.measured(measured, seconds_left)
+        for track in self.trackers:
+            track(self.step, {k: v for k, v in measured.row().items() if k != "step"})
+        self._start_interval()
+
+    def _check_finite(self) -> None:
+        if not self.train_step.healthy.item():
+            loss, norm = self.train_step.loss.item(), self.train_step.grad_norm.item()
+            steps = checkpoint.steps_in(self.folder.checkpoints)
+            kept = f"the checkpoint of step {steps[-1]} is untouched" if steps else "none was saved"
+            raise TrainingError(
+                f"loss {loss}, gradient norm {norm} at step {self.step}: training diverged; "
+                f"{kept}; try a smaller --learning-rate or --precision fp32"
+            )
+
+    def _start_interval(self) -> None:
+        self._interval_start, self._interval_step = time.perf_counter(), self.step
+        self._maintenance_s = 0.0
+
+    @contextmanager
+    def _maintenance(self) -> Iterator[None]:
+        """Time that is not training: it does not count in images_per_s."""
+        start = time.perf_counter()
+        yield
+        self._maintenance_s += time.perf_counter() - start
+
+    def _is_last(self) -> bool:
+        return self.step == self.config.iterations
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+@contextmanager
+def _stop_requests() -> Iterator[list[str]]:
+    """A list that gets the name of a signal that asks to stop; a second one acts as usual."""
+    received: list[str] = []
+    previous = {}
+
+    def note(number: int, _frame) -> None:
+        received.append("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
+        signal.signal(number, previous[number])
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,97 @@
+"""What a run shows while it goes: a live bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from ddpm_fast.train.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A logged step; `step` counts finished steps, peak_gib is the process's or the GPU's."""
+
+    step: int
+    loss: float
+    lr: float
+    images_per_s: float
+    grad_norm: float
+    peak_gib: float
+
+    def row(self) -> dict[str, float]:
+        return asdict(self)
+
+    def line(self) -> str:
+        return (
+            f"loss {self.loss:.4f}  lr {self.lr:.1e}  {self.images_per_s:.0f} img/s  "
+            f"grad {self.grad_norm:.3f}  mem {self.peak_gib:.2f} GiB"
+        )
+
+
+class Display:
+    """Prints to the terminal and the run's log. Use as a context: the bar ends with it."""
+
+    def __init__(self, folder: RunFolder, iterations: int, console: Console | None = None) -> None:
+        self.folder, self.iterations = folder, iterations
+        self.console = console or Console(highlight=False, soft_wrap=True)
+        self._bar = None
+        if self.console.is_terminal:
+            self._bar = Progress(
+                TextColumn("step {task.completed}/{task.total}"),
+                BarColumn(bar_width=20),
+                TextColumn("{task.fields[measured]}  {task.fields[left]}"),
+                console=self.console,
+            )
+            self._task = self._bar.add_task("", total=iterations, measured="", left="")
+
+    def __enter__(self) -> Display:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def say(self, line: str) -> None:
+        """A line for the terminal and log.txt."""
+        self.console.print(line, markup=False)
+        self.folder.log(line)
+
+    def stepped(self, step: int) -> None:
+        """`step` steps are done."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
+    def measured(self, values: Measured, seconds_left: float) -> None:
+        """A step was logged."""
+        left = f"left {_clock(seconds_left)}"
+        if self._bar is not None:
+            self._bar.update(self._task, measured=values.line(), left=left)
+        line = f"step {values.step}/{self.iterations}  {values.line()}  {left}"
+        if self._bar is None:
+            self.console.print(line, markup=False)
+        self.folder.log(line)
+
+
+def peak_gib(device: torch.device) -> float:
+    """Most memory used so far: the GPU's allocator, or the process on CPU (0 if unknown)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    if sys.platform == "win32":
+        return 0.0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes there, KiB elsewhere
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,0 +1,103 @@
+"""From a configuration to the parts of a run: device, data, net, process, optimizer, averages."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from ddpm_fast.arguments import UsageError
+from ddpm_fast.data import ImageSet, open_images
+from ddpm_fast.data.batches import Batches
+from ddpm_fast.diffusion.process import Diffusion
+from ddpm_fast.ema import EMA
+from ddpm_fast.nn import config as nn_config
+from ddpm_fast.nn.config import UNetConfig
+from ddpm_fast.nn.unet import UNet
+from ddpm_fast.optimizer import make_optimizer
+from ddpm_fast.train.config import TrainConfig
+from ddpm_fast.train.step import TrainStep
+
+
+def open_data(config: TrainConfig, say: Callable[[str], None]) -> ImageSet:
+    """The run's images in the net's number of channels; DataError if they cannot be used.
+
+    Photographs of a folder or zip are resized to --image-size or the preset's size.
+    """
+    path = Path(config.data).expanduser()
+    row = nn_config.PRESETS[config.preset]
+    size = config.image_size
+    if size is None and (path.is_dir() or path.suffix.lower() == ".zip"):
+        size = row["image_size"]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        images = open_images(
+            config.data, data_root=config.data_root, image_size=size,
+            channels=row["img_channels"], skip_bad_images=config.skip_bad_images,
+        )  # fmt: skip
+    for warning in caught:
+        say(f"warning: {warning.message}")
+    return images
+
+
+def fit_net_config(config: TrainConfig, images: ImageSet) -> UNetConfig:
+    """The net's configuration for these images; UsageError if they do not go together."""
+    _, _, height, width = images.images.shape
+    if height != width:
+        raise UsageError(f"{images.name}: images of {height}x{width} pixels must be square")
+    net = config.net_config(
+        image_size=height, num_classes=images.num_classes or None if config.use_labels else None
+    )
+    if height % net.size_divisor:
+        raise UsageError(
+            f"{images.name}: images of {height}x{width} pixels must be divisible by "
+            f"{net.size_divisor}, as channel_mults has {len(net.channel_mults)} levels"
+        )
+    return net
+
+
+def make_step(config: TrainConfig, images: ImageSet, device: torch.device) -> TrainStep:
+    """Everything that a step needs, at step 0; weights follow from config.seed."""
+    net_config = fit_net_config(config, images)
+    if config.use_labels and images.labels is None:
+        raise UsageError(
+            f"--use-labels, but {images.name} has no labels: digits, cifar10, folders with "
+            "subfolders and .npz with labels have"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        net = UNet.from_config(net_config)
+    net = net.to(device, memory_format=torch.channels_last)
+    batches = Batches(
+        images, batch_size=config.batch_size, seed=config.seed, device=device,
+        flip=config.flip == "on" or (config.flip == "auto" and images.photographs),
+        use_labels=config.use_labels,
+    )  # fmt: skip
+    proc = Diffusion(
+        config.schedule, config.num_timesteps, config.loss,
+        low=config.schedule_low, high=config.schedule_high,
+    )  # fmt: skip
+    optimizer = make_optimizer(
+        config.optimizer, net.parameters(), learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+    )  # fmt: skip
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
+    return TrainStep(
+        config, net=net, proc=proc, batches=batches, optimizer=optimizer,
+        ema=EMA(net, config.ema_decay, warmup=config.ema_warmup),
+        autocast_dtype=torch.bfloat16 if bf16 else None,
+    )  # fmt: skip
+
+
+def compile_net(train_step: TrainStep, say: Callable[[str], None]) -> None:
+    """Compile the net where that pays; on CPU only when --force-compile asks for it."""
+    config, device = train_step.config, train_step.batches.device
+    if not (config.compile or config.force_compile):
+        return
+    if device.type == "cpu" and not config.force_compile:
+        say("--compile: compiling does not pay on CPU; training eager (--force-compile compiles)")
+        return
+    say("compiling: the first step takes up to some minutes")
+    train_step.forward = torch.compile(train_step.net, fullgraph=True)
