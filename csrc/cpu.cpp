@@ -12,7 +12,8 @@ namespace ddpm_fast {
 namespace cpu {
 namespace {
 
-// Elements a thread must have to be worth its start (about 15 us): 0.3 to 1 ns an element.
+// Elements a thread must have to be worth its start: 77 us of normals on one Xeon core (AVX-512).
+// Other values are not yet measured.
 constexpr int64_t GRAIN = 1 << 16;
 // Elements of a unit: large enough to amortise the call, small enough to share out evenly.
 constexpr int64_t UNIT = 1 << 12;

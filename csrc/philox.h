@@ -28,9 +28,9 @@
 #define DDPM_FAST_INLINE static __forceinline
 #endif
 
-#if defined(__CUDA_ARCH__) || defined(__clang__)
+#if defined(__CUDA_ARCH__) || (defined(__clang__) && !defined(__CUDACC__))
 #define DDPM_FAST_UNROLL _Pragma("unroll")
-#elif defined(__GNUC__)
+#elif defined(__GNUC__) && !defined(__CUDACC__)
 #define DDPM_FAST_UNROLL _Pragma("GCC unroll 16")
 #else
 #define DDPM_FAST_UNROLL

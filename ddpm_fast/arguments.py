@@ -15,15 +15,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar, get_type_hints
 
-from ddpm_fast.wording import nearest
+from ddpm_fast.errors import Failure, UsageError, nearest
 
 Config = TypeVar("Config")
 
 _TRUE, _FALSE = ("true", "yes", "1", "on"), ("false", "no", "0", "off")
-
-
-class UsageError(ValueError):
-    """A bad argument: one line saying what was given and what is allowed."""
 
 
 def parse(
@@ -111,33 +107,34 @@ def _boolean(flag: str, values: list[str]) -> list[str]:
 
 
 def _plain(box: str) -> str:
-    """The message inside tyro's box, as one line."""
-    lines = []
+    """The message inside tyro's box, as one line; where stdout is not UTF-8 it has no sides."""
+    lines: list[str] = []
     for line in box.splitlines()[1:]:
-        text = line.strip().strip("│").strip()
-        if not text or set(text) <= set("─╰╯"):
+        text = line.strip(" │")
+        if text and not set(text) <= set("─╰╯-"):
+            lines.append(text)
+        elif lines:  # the rule below the message; the one above it is skipped
             break
-        lines.append(text)
-    return " ".join(lines).replace(" .", ".").rstrip(".") or "the arguments could not be read"
+    return " ".join(lines).rstrip(".") or "the arguments could not be read"
 
 
 def run_command(
     prog: str,
     command: Callable[[Sequence[str]], Any],
     argv: Sequence[str] | None,
-    failures: tuple[type[Exception], ...] = (),
 ) -> int:
     """Run `command(argv)`; a foreseen error becomes one line on stderr.
 
-    failures  exceptions that mean the work failed for a reason the user can act on
-    returns   0, or 2 for a bad argument, 1 for a failure; DDPM_FAST_TRACEBACK=1 shows the trace
+    returns  0, or 2 for a bad argument, 1 for a failure; DDPM_FAST_TRACEBACK=1 shows the trace
     """
     try:
         return command(sys.argv[1:] if argv is None else argv) or 0
     except UsageError as error:
         return _report(prog, error, 2)
-    except (*failures, OSError) as error:
+    except (Failure, OSError) as error:
         return _report(prog, error, 1)
+    except KeyboardInterrupt:
+        return _report(prog, Failure("interrupted"), 1)
 
 
 def _report(prog: str, error: Exception, code: int) -> int:

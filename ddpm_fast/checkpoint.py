@@ -20,18 +20,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
+from ddpm_fast.errors import Failure
+
 MANIFEST = "manifest.json"
 FORMAT = 1
 _NAME = re.compile(r"step_(\d{8,})")
+_ASIDE = re.compile(r"\.step_(\d{8,})\.\d+\.old")
 
 Tensors = Mapping[str, Tensor]
 
 
-class CheckpointError(Exception):
+class CheckpointError(Failure):
     """A checkpoint that cannot be written or trusted: one line naming the file and the fault."""
 
 
@@ -71,15 +75,25 @@ def save(
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    for old in steps_in(folder)[:-keep]:
+    # A later one is damaged, or this step would have followed it: it does not count.
+    for old in [s for s in steps_in(folder) if s <= step][:-keep]:
         shutil.rmtree(folder / f"step_{old:08d}", ignore_errors=True)
     return final
 
 
 def steps_in(folder: Path) -> list[int]:
     """Steps of the checkpoints in `folder`, rising; healthy or not."""
-    names = (_NAME.fullmatch(entry.name) for entry in folder.glob("step_*"))
-    return sorted(int(name[1]) for name in names if name)
+    return sorted(_folders(folder))
+
+
+def _folders(folder: Path) -> dict[int, Path]:
+    """step -> its checkpoint, which a save killed between two renames leaves set aside."""
+    found = {}
+    for pattern, name in (".step_*.old", _ASIDE), ("step_*", _NAME):
+        for path in folder.glob(pattern):
+            if match := name.fullmatch(path.name):
+                found[int(match[1])] = path
+    return found
 
 
 def load(path: Path) -> Checkpoint:
@@ -94,7 +108,10 @@ def load(path: Path) -> Checkpoint:
             )
         if hashlib.sha256(data).hexdigest() != recorded["sha256"]:
             raise CheckpointError(f"{path / name} was altered: its SHA-256 is not the manifest's")
-        parts[name.removesuffix(".safetensors")] = load_safetensors(data)
+        try:
+            parts[name.removesuffix(".safetensors")] = load_safetensors(data)
+        except SafetensorError as error:
+            raise CheckpointError(f"{path / name} is not a safetensors file: {error}") from None
     return Checkpoint(path, manifest["step"], manifest, parts)
 
 
@@ -103,13 +120,13 @@ def load_newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint:
 
     raises  CheckpointError  none is healthy
     """
-    steps = steps_in(folder)
-    for step in reversed(steps):
+    folders = _folders(folder)
+    for step in sorted(folders, reverse=True):
         try:
-            return load(folder / f"step_{step:08d}")
+            return load(folders[step])
         except CheckpointError as error:
             warn(f"skipped a damaged checkpoint: {error}")
-    found = f"all {len(steps)} are damaged" if steps else "there is none"
+    found = f"all {len(folders)} are damaged" if folders else "there is none"
     raise CheckpointError(f"{folder} holds no checkpoint that can be loaded: {found}")
 
 
@@ -217,14 +234,15 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"{path} is of format {manifest['format']}, this version reads {FORMAT}"
             )
-        files = {str(name): (int(f["bytes"]), str(f["sha256"])) for name, f in
-                 manifest["files"].items()}  # fmt: skip
-        int(manifest["step"])
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(
-            f"{path / MANIFEST} is damaged: not a checkpoint's manifest"
-        ) from None
-    for name in files:
+        typed = [isinstance(manifest["step"], int)] + [
+            isinstance(f["bytes"], int) and isinstance(f["sha256"], str)
+            for f in manifest["files"].values()
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        typed = [False]
+    if not all(typed):
+        raise CheckpointError(f"{path / MANIFEST} is damaged: not a checkpoint's manifest")
+    for name in manifest["files"]:
         if Path(name).name != name:
             raise CheckpointError(f"{path / MANIFEST} names a file outside its folder: {name!r}")
     return manifest

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ddpm_fast.arguments import UsageError
+from ddpm_fast.errors import UsageError
 
 
 def pick_device(name: str) -> torch.device:

@@ -1,4 +1,4 @@
-"""Images as files: uint8 conversion, grids, PNG and animated GIF, each written all or not at all."""
+"""Images as files: uint8, grids, PNG and animated GIF, each written whole or not at all."""
 
 from __future__ import annotations
 

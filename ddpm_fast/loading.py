@@ -1,4 +1,4 @@
-"""From a path to a net that can sample: a run folder, one of its checkpoints, the original's .pth."""
+"""From a path to a net that can sample: a run, one of its checkpoints, the original's .pth."""
 
 from __future__ import annotations
 

@@ -42,16 +42,19 @@ def state_tensors(optimizer: torch.optim.Optimizer, net: nn.Module) -> dict[str,
 def load_state_tensors(
     optimizer: torch.optim.Optimizer, net: nn.Module, tensors: dict[str, Tensor]
 ) -> None:
-    """Inverse of :func:`state_tensors`; ValueError naming a parameter whose state is missing."""
+    """Inverse of :func:`state_tensors`; ValueError naming a parameter whose state is missing.
+
+    No tensors at all are the state before the first step.
+    """
     states: dict[str, dict[str, Tensor]] = {}
     for full_name, value in tensors.items():
         name, _, key = full_name.rpartition(".")
         states.setdefault(name, {})[key] = value
     for name, parameter in net.named_parameters():
-        if name not in states:
+        if tensors and name not in states:
             raise ValueError(f"the optimizer's state lacks {name!r}")
         state = optimizer.state[parameter]
-        for key, value in states[name].items():
+        for key, value in states.get(name, {}).items():
             # as the fused optimizer keeps them: beside the parameter, the moments in its layout
             like = value if key == "step" else parameter
             state[key] = torch.empty_like(like, dtype=value.dtype, device=parameter.device)

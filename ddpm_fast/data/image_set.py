@@ -6,11 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ddpm_fast.errors import Failure
+
 CHANNELS = (1, 3)
 MAX_CLASSES = 100_000  # a label past it is a mistake (an index, a hash), not a class
 
 
-class DataError(ValueError):
+class DataError(Failure, ValueError):
     """Data that cannot be used: one line saying what was given and what is allowed."""
 
 

@@ -12,7 +12,7 @@ from ddpm_fast.data.digits import open_digits
 from ddpm_fast.data.folder import open_folder
 from ddpm_fast.data.image_set import CHANNELS, DataError, ImageSet
 from ddpm_fast.data.progress import OnProgress
-from ddpm_fast.wording import nearest
+from ddpm_fast.errors import nearest
 
 NAMES = ("digits", "cifar10")
 ALLOWED = f"{', '.join(NAMES)}, a folder of images, a .npy, .npz or .zip file"

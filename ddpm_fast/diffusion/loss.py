@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddpm_fast.wording import nearest
+from ddpm_fast.errors import nearest
 
 _LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.smooth_l1_loss}
 LOSSES = tuple(_LOSSES)

@@ -18,8 +18,8 @@ from ddpm_fast import ops
 from ddpm_fast.diffusion.prediction import VARIANCES, ddim_step, ddpm_step
 from ddpm_fast.diffusion.process import Diffusion
 from ddpm_fast.diffusion.schedule import sampling_timesteps
+from ddpm_fast.errors import nearest
 from ddpm_fast.kernels.philox import Stream
-from ddpm_fast.wording import nearest
 
 SAMPLERS = ("ddim", "ddpm")
 DDIM_STEPS = 50

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm_fast.wording import nearest
+from ddpm_fast.errors import nearest
 
 SCHEDULES = ("linear", "cosine", "sigmoid")
 SPACINGS = ("leading", "linspace", "trailing", "quadratic")

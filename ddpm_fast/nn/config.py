@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from ddpm_fast.wording import nearest
+from ddpm_fast.errors import nearest
 
 ACTIVATIONS = ("relu", "silu", "mish")
 NORMS = ("gn", "in", "bn", None)

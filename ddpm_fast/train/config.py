@@ -7,12 +7,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from ddpm_fast.arguments import UsageError, parse, rewrite
+from ddpm_fast.arguments import parse, rewrite
+from ddpm_fast.errors import UsageError, nearest
 from ddpm_fast.nn import config as nn_config
 from ddpm_fast.nn.config import UNetConfig
-from ddpm_fast.wording import nearest
 
 PROG = "python -m ddpm_fast.train"
 CONFIG_NAME = "config.json"
@@ -67,7 +67,7 @@ class TrainConfig:
     loss: Literal["l1", "l2", "huber"] = "l2"
     """distance between true and predicted noise"""
 
-    iterations: int = 1500
+    iterations: int = 1200
     """training steps"""
     batch_size: int = 64
     """images a step"""
@@ -184,9 +184,8 @@ RENAMED = {
 
 # What may differ when a run goes on; all else would make it another run.
 RESUMABLE = frozenset({
-    "iterations", "data_root", "device", "compile", "force_compile", "run_dir", "log_every",
-    "sample_every", "sample_images", "sample_steps", "checkpoint_every", "keep_checkpoints",
-    "tensorboard", "wandb",
+    "iterations", "data_root", "device", "compile", "force_compile", "log_every", "sample_every",
+    "sample_images", "sample_steps", "checkpoint_every", "keep_checkpoints", "tensorboard", "wandb",
 })  # fmt: skip
 
 
@@ -247,7 +246,28 @@ def read_config(path: Path) -> dict[str, Any]:
     for name in values:
         if name not in names:
             raise UsageError(f"{path}: unknown key {name!r}{nearest(name, names)}")
-    return {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    hints = get_type_hints(TrainConfig)
+    for name, value in values.items():
+        if not _fits(value, hints[name]):
+            options = get_args(hints[name])
+            allowed = f"of {options}" if options else f"of type {hints[name].__name__}"
+            raise UsageError(f"{path}: {name} is {value!r}, must be {allowed}")
+    return values
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value read from JSON is one that a field of this type holds."""
+    options = get_args(hint)
+    if get_origin(hint) is Literal:
+        return value in options
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_fits(v, int) for v in value)
+    if options:  # a union
+        return any(_fits(value, kind) for kind in options)
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
 
 
 def _control_values(argv: list[str]) -> dict[str, str | None]:
@@ -258,7 +278,7 @@ def _control_values(argv: list[str]) -> dict[str, str | None]:
         if name in ("auto-resume", "no-auto-resume"):
             given["auto-resume"] = None if name.startswith("no-") else "yes"
         elif name in ("preset", "config", "resume", "run-dir") and flag.startswith("--"):
-            if value is None or value.startswith("--"):
+            if not value or value.startswith("--"):
                 raise UsageError(f"{flag} needs a value")
             given[name] = value
     return given
@@ -272,6 +292,8 @@ def _base_values(given: dict[str, str | None]) -> tuple[dict[str, Any], bool]:
             raise UsageError("--auto-resume goes with --run-dir DIR and without --resume")
         if (Path(given["run-dir"]) / CONFIG_NAME).is_file():
             run_dir = given["run-dir"]
+    if given.get("resume") and given.get("config"):
+        raise UsageError("--resume takes the run's own configuration: allowed without --config")
     if run_dir:
         if not Path(run_dir).is_dir():
             raise UsageError(f"--resume {run_dir}: no such run folder")

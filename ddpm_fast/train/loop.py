@@ -15,6 +15,7 @@ from ddpm_fast import checkpoint
 from ddpm_fast.checkpoint import CheckpointError
 from ddpm_fast.device import pick_device
 from ddpm_fast.diffusion.sampler import sample_images
+from ddpm_fast.errors import Failure, UsageError
 from ddpm_fast.images import grid, grid_scale, save_png, to_uint8
 from ddpm_fast.optimizer import load_state_tensors, state_tensors
 from ddpm_fast.train.config import PROG, Invocation
@@ -26,7 +27,7 @@ from ddpm_fast.train.summary import summarise
 from ddpm_fast.train.trackers import Track, open_trackers
 
 
-class TrainingError(Exception):
+class TrainingError(Failure):
     """Training cannot go on: one line saying why and what is safe."""
 
 
@@ -82,8 +83,8 @@ class Run:
         images = self.train_step.batches.images
         self.display.say(
             f"training {config.preset} ({millions:.2f} M parameters) on {len(images.images)} "
-            f"images of {images.name}, {net.image_size}x{net.image_size}, batch {config.batch_size}, "
-            f"on {self.device}; run folder {self.folder.path}"
+            f"images of {images.name}, {net.image_size}x{net.image_size}, "
+            f"batch {config.batch_size}, on {self.device}; run folder {self.folder.path}"
         )
 
     def steps(self, stop: list[str]) -> None:
@@ -138,6 +139,11 @@ class Run:
         saved = checkpoint.load_newest(
             self.folder.checkpoints, lambda text: self.display.say(f"warning: {text}")
         )
+        if saved.step > self.config.iterations:
+            raise UsageError(
+                f"--iterations {self.config.iterations}, but {self.folder.path} has done "
+                f"{saved.step} steps; allowed: {saved.step} or more"
+            )
         parts = self.train_step
         try:
             model, ema, optimizer = (saved.parts[n] for n in ("model", "ema", "optimizer"))

@@ -12,17 +12,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ddpm_fast.errors import Failure
 from ddpm_fast.train.config import CONFIG_NAME, PROG, TrainConfig
 
 
-class RunFolderError(Exception):
+class RunFolderError(Failure):
     """A run folder that cannot be used: one line saying which and what to do."""
 
 
 class RunFolder:
     """An open, locked run folder.
 
-    path    the folder;  resume  it exists and goes on; else it must be new or empty
+    path    the folder;  resume  it exists and goes on; else it must be new or unused
     raises  RunFolderError  exists already, cannot be written, or is in use
     """
 
@@ -30,7 +31,7 @@ class RunFolder:
         self.path = path
         self.samples, self.checkpoints = path / "samples", path / "checkpoints"
         self.metrics_path, self.log_path = path / "metrics.jsonl", path / "log.txt"
-        if not resume and path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if not resume and path.exists() and not _is_unused(path):
             raise RunFolderError(
                 f"{path} exists already; continue it with {PROG} --resume {path}, or give another "
                 "--run-dir"
@@ -76,6 +77,17 @@ class RunFolder:
     def log(self, line: str) -> None:
         with open(self.log_path, "a") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
+
+
+def _is_unused(path: Path) -> bool:
+    """An empty folder, or one whose run was stopped before it wrote its configuration."""
+    if not path.is_dir():
+        return False
+    own = ("lock", "samples", "checkpoints", f".{CONFIG_NAME}.tmp")
+    return all(
+        entry.name in own and not (entry.is_dir() and any(entry.iterdir()))
+        for entry in path.iterdir()
+    )
 
 
 def default_run_dir(preset: str) -> Path:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from ddpm_fast.arguments import UsageError
 from ddpm_fast.data import ImageSet, open_images
 from ddpm_fast.data.batches import Batches
 from ddpm_fast.diffusion.process import Diffusion
 from ddpm_fast.ema import EMA
+from ddpm_fast.errors import UsageError
 from ddpm_fast.nn import config as nn_config
 from ddpm_fast.nn.config import UNetConfig
 from ddpm_fast.nn.unet import UNet
@@ -26,7 +27,7 @@ def open_data(config: TrainConfig, say: Callable[[str], None]) -> ImageSet:
 
     Photographs of a folder or zip are resized to --image-size or the preset's size.
     """
-    path = Path(config.data).expanduser()
+    path = Path(os.path.expanduser(config.data))
     row = nn_config.PRESETS[config.preset]
     size = config.image_size
     if size is None and (path.is_dir() or path.suffix.lower() == ".zip"):
@@ -75,10 +76,13 @@ def make_step(config: TrainConfig, images: ImageSet, device: torch.device) -> Tr
         flip=config.flip == "on" or (config.flip == "auto" and images.photographs),
         use_labels=config.use_labels,
     )  # fmt: skip
-    proc = Diffusion(
-        config.schedule, config.num_timesteps, config.loss,
-        low=config.schedule_low, high=config.schedule_high,
-    )  # fmt: skip
+    try:
+        proc = Diffusion(
+            config.schedule, config.num_timesteps, config.loss,
+            low=config.schedule_low, high=config.schedule_high,
+        )  # fmt: skip
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     optimizer = make_optimizer(
         config.optimizer, net.parameters(), learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from ddpm_fast.arguments import UsageError
+from ddpm_fast.errors import UsageError
 from ddpm_fast.train.config import TrainConfig
 
 Track = Callable[[int, dict[str, float]], None]  # (step, values by name)

@@ -1,9 +1,17 @@
-"""Words that several error lines share. Imports nothing heavy."""
+"""What error lines share: suggestions, and the errors that commands report as one line."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+
+
+class Failure(Exception):
+    """Work that could not be done, for a reason the user can act on: one line, exit code 1."""
+
+
+class UsageError(ValueError):
+    """A bad argument: one line saying what was given and what is allowed, exit code 2."""
 
 
 def nearest(given: object, allowed: Iterable[object]) -> str:

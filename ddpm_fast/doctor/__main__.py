@@ -1,0 +1,48 @@
+"""python -m ddpm_fast.doctor"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ddpm_fast.arguments import parse, run_command
+
+PROG = "python -m ddpm_fast.doctor"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorOptions:
+    """Try every piece of ddpm_fast on this machine; show what works and what mends the rest.
+
+    Exit code 0 when training can run here, 1 when it cannot.
+    """
+
+    json: bool = False
+    """print the rows as JSON: name, found, status, mend"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Examine the machine; 0 when training can run, 1 when not, 2 for bad arguments."""
+    return run_command(PROG, _run, argv)
+
+
+def _run(argv: Sequence[str]) -> int:
+    options = _options(argv)  # before torch: --help and mistakes answer at once
+    from ddpm_fast.doctor import checks, table
+    from ddpm_fast.doctor.rows import run_check
+
+    rows = [run_check(check) for check in checks.CHECKS]
+    table.show(rows, json=options.json)
+    return int(any(row.status == "fails" for row in rows))
+
+
+def _options(argv: Sequence[str]) -> DoctorOptions:
+    try:
+        return parse(DoctorOptions, argv, prog=PROG)
+    except ImportError:  # tyro is one of the pieces that may be missing
+        return DoctorOptions(json="--json" in argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""Draw images batch by batch into a folder, skipping those that are there."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from ddpm_fast.device import pick_device
+from ddpm_fast.diffusion.sampler import DDIM_STEPS, OnStep, sample_images
+from ddpm_fast.errors import UsageError
+from ddpm_fast.images import grid, grid_scale, save_gif, save_png, to_uint8
+from ddpm_fast.loading import Trained, load_trained
+from ddpm_fast.sampling.folder import SampleFolder
+from ddpm_fast.sampling.options import SampleOptions
+
+ON_A_PAGE = 64  # images of grid.png
+IN_THE_GIF = 16
+GIF_FRAMES = 40  # most frames before the last
+
+
+def draw(options: SampleOptions) -> None:
+    """Write what the options ask for.
+
+    raises  UsageError, CheckpointError, OSError
+    """
+    device = pick_device(options.device)
+    try:
+        trained = load_trained(
+            options.checkpoint, preset=options.preset, ema=options.ema, device=device
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    _check(options, trained)
+    identity = {**options.identity(), "weights": _fingerprint(trained)}
+    folder = SampleFolder(Path(options.out), identity)
+    console = Console(highlight=False, soft_wrap=True)
+    start, drawn = time.perf_counter(), 0
+    batches = range(0, options.num_images, options.images_at_a_time)
+    if console.is_terminal:
+        batches = track(batches, "sampling", console=console)
+    for first in batches:
+        numbers = range(first, min(first + options.images_at_a_time, options.num_images))
+        if folder.missing(numbers):
+            folder.write(numbers, to_uint8(_sample(options, trained, numbers)))
+            drawn += len(numbers)
+            if not console.is_terminal:
+                console.print(f"{numbers.stop}/{options.num_images} images")
+    seconds = time.perf_counter() - start
+    console.print(f"{drawn} images drawn in {seconds:.1f} s, {options.num_images} in {folder.path}")
+    _write_extras(options, trained, folder, console)
+
+
+def _sample(
+    options: SampleOptions, trained: Trained, numbers: range, on_step: OnStep | None = None
+) -> torch.Tensor:
+    """The images `numbers`: (N, C, H, W) in [-1, 1]."""
+    return sample_images(
+        trained.net,
+        trained.proc,
+        len(numbers),
+        sampler=options.sampler,
+        steps=options.steps,
+        eta=options.eta,
+        spacing=options.spacing,
+        variance=options.variance,
+        clip=options.clip,
+        batch_size=options.images_at_a_time,
+        y=_classes(options, trained, numbers),
+        seed=options.seed,
+        first_index=numbers.start,
+        on_step=on_step,
+    )
+
+
+def _classes(options: SampleOptions, trained: Trained, numbers: range) -> torch.Tensor | None:
+    if trained.net.num_classes is None:
+        return None
+    cycle = options.classes or range(trained.net.num_classes)
+    return torch.tensor([cycle[n % len(cycle)] for n in numbers])
+
+
+def _write_extras(
+    options: SampleOptions, trained: Trained, folder: SampleFolder, console: Console
+) -> None:
+    if options.grid:
+        page = folder.read(range(min(options.num_images, ON_A_PAGE)))
+        path = folder.path / "grid.png"
+        save_png(path, grid(page, scale=grid_scale(page.shape[1])))
+        console.print(f"grid         {path}")
+    if options.gif:
+        path = folder.path / "denoising.gif"
+        save_gif(path, _denoising(options, trained))
+        console.print(f"animation    {path}")
+    if options.npz:
+        console.print(f"array        {folder.write_npz(range(options.num_images))}")
+
+
+def _denoising(options: SampleOptions, trained: Trained) -> list[np.ndarray]:
+    """Pages of the first images after evenly chosen steps; the last page is the result."""
+    numbers = range(min(options.num_images, IN_THE_GIF, options.images_at_a_time))
+    most = DDIM_STEPS if options.sampler == "ddim" else trained.proc.num_timesteps
+    steps = options.steps or min(most, trained.proc.num_timesteps)
+    every = -(-steps // GIF_FRAMES)
+    pages: list[np.ndarray] = []
+    seen = 0
+
+    def keep(_t: int, x_t: torch.Tensor, _x_0: torch.Tensor) -> None:
+        nonlocal seen
+        seen += 1
+        if (steps - seen) % every == 0:
+            pixels = to_uint8(x_t[: len(numbers)])
+            pages.append(grid(pixels, scale=grid_scale(pixels.shape[1])))
+
+    _sample(options, trained, numbers, keep)
+    return pages
+
+
+def _check(options: SampleOptions, trained: Trained) -> None:
+    """UsageError for options that this net cannot follow."""
+    classes, timesteps = trained.net.num_classes, trained.proc.num_timesteps
+    if options.classes and classes is None:
+        raise UsageError(f"--classes {options.classes}, but {trained.path} has no classes")
+    for label in options.classes:
+        if not 0 <= label < (classes or 0):
+            raise UsageError(f"--classes holds {label}, must be from 0 to {classes - 1}")
+    if options.steps is not None and options.steps > timesteps:
+        raise UsageError(f"--steps {options.steps} must be at most the net's {timesteps} timesteps")
+    if trained.net.image_size is None:
+        raise UsageError(f"{trained.path} does not say its image size; load it with df.load")
+
+
+def _fingerprint(trained: Trained) -> str:
+    """SHA-256 over the weights, so that a folder never mixes the images of two nets."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(trained.net.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

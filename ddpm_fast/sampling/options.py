@@ -1,0 +1,93 @@
+"""The sampler command's flags. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ddpm_fast.arguments import parse
+from ddpm_fast.errors import UsageError
+
+PROG = "python -m ddpm_fast.sample"
+
+# The original repository's spellings.
+RENAMED = {"model-path": "checkpoint", "save-dir": "out"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions:
+    """Draw images from a trained net.
+
+    Writes one PNG per image, numbered by image, and goes on where an earlier call stopped. Image i
+    depends on the seed and on i alone, whatever the batches.
+    """
+
+    checkpoint: str
+    """a run folder, a checkpoint folder, or the original repository's .pth"""
+    preset: str | None = None
+    """the net of a .pth, which does not say: seed-cifar10, cifar10, digits"""
+    num_images: int = 64
+    """how many images"""
+    batch_size: int | None = None
+    """images at a time; None: 64, or num_images if that is less"""
+    seed: int = 0
+    """names the images, with their numbers"""
+    out: str = "samples"
+    """folder for the images"""
+    sampler: Literal["ddim", "ddpm"] = "ddim"
+    """ddim (few steps) or ddpm (ancestral)"""
+    steps: int | None = None
+    """network evaluations an image; None: 50 for ddim, all for ddpm"""
+    eta: float = 0.0
+    """ddim's share of noise, 0 to 1"""
+    spacing: Literal["leading", "linspace", "trailing", "quadratic"] = "leading"
+    """which timesteps are visited"""
+    variance: Literal["fixed_large", "fixed_small"] = "fixed_large"
+    """ddpm's noise"""
+    clip: bool = True
+    """clamp each estimate of the image to [-1, 1]"""
+    classes: tuple[int, ...] = ()
+    """classes to draw in turn, as 3 or 0,1,2; none: all of them in turn"""
+    ema: bool = True
+    """use the averaged weights"""
+    grid: bool = True
+    """also write grid.png, the first images on one page"""
+    gif: bool = False
+    """also write denoising.gif, the first images' way from noise"""
+    npz: bool = False
+    """also write samples.npz: arr_0, uint8 (N, H, W, C), for evaluation tools"""
+    device: str = "auto"
+    """auto (CUDA if there is one), cpu, cuda, cuda:1, ..."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_images", "batch_size", "steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed} must be from 0 to 2**63 - 1")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta={self.eta} must be from 0 to 1")
+        if self.eta and self.sampler != "ddim":
+            raise ValueError(f"eta={self.eta} is for --sampler ddim; ddpm always adds its noise")
+
+    @property
+    def images_at_a_time(self) -> int:
+        return self.batch_size or min(64, self.num_images)
+
+    def identity(self) -> dict[str, Any]:
+        """What the pixels depend on: all must agree for a folder to be continued.
+
+        The batch size is not in it: it changes images by rounding only.
+        """
+        names = ("seed", "sampler", "steps", "eta", "spacing", "variance", "clip", "ema")
+        return {name: getattr(self, name) for name in names} | {"classes": list(self.classes)}
+
+
+def parse_options(argv: Sequence[str]) -> SampleOptions:
+    """argv -> SampleOptions; UsageError for anything that cannot be run."""
+    options = parse(SampleOptions, argv, prog=PROG, renamed=RENAMED)
+    if options.num_images > 2**32:
+        raise UsageError(f"--num-images {options.num_images} must be at most 2**32")
+    return options

@@ -1,0 +1,113 @@
+import pytest
+import torch
+
+import ddpm_fast as df
+from ddpm_fast.diffusion.loss import distance
+from ddpm_fast.diffusion.prediction import x_0_from_eps
+from tests import original
+
+
+def process(name):
+    given = original.arguments(name)
+    return df.Diffusion(given["schedule"], given["num_timesteps"], given["loss_type"])
+
+
+@pytest.mark.parametrize("name", original.NETS)
+def test_q_sample_is_the_originals(name):
+    v = original.vectors(name)
+    x_t, eps = process(name).q_sample(v["x"], v["t"], noise=v["noise"])
+    torch.testing.assert_close(x_t, v["q_sample"], rtol=1e-6, atol=1e-6)  # fp32 tables there
+    assert torch.equal(eps, v["noise"])
+
+
+@pytest.mark.parametrize("name", original.NETS)
+def test_loss_is_the_originals(name):
+    v, net = original.vectors(name), original.net(name)
+    with torch.no_grad():
+        loss = process(name).loss(net, v["x"], v.get("y"), t=v["t"], noise=v["noise"])
+    assert loss.item() == pytest.approx(v["loss"].item(), rel=1e-6)
+
+
+def test_q_sample_follows_eq_4_in_fp64():
+    proc = df.Diffusion("cosine", 100)
+    x_0, t = torch.randn(5, 3, 4, 4).clamp(-1, 1), torch.tensor([0, 1, 50, 98, 99])
+    x_t, eps = proc.q_sample(x_0, t, seed=3, step=4)
+    abar = proc.alphas_cumprod[t].view(-1, 1, 1, 1)
+    expected = abar.sqrt() * x_0.double() + (1 - abar).sqrt() * eps.double()
+    torch.testing.assert_close(x_t.double(), expected, rtol=0, atol=1e-6)  # fp32 rounding
+
+
+def test_noise_and_timesteps_belong_to_the_sample_not_to_the_batch():
+    proc = df.Diffusion()
+    x_0 = torch.randn(6, 1, 4, 4)
+    t = proc.draw_timesteps(6, seed=1, step=9)
+    whole, noise = proc.q_sample(x_0, t, seed=1, step=9)
+    part, part_noise = proc.q_sample(x_0[4:], t[4:], seed=1, step=9, first_index=4)
+    assert torch.equal(part, whole[4:]) and torch.equal(part_noise, noise[4:])
+    assert torch.equal(proc.draw_timesteps(2, seed=1, step=9, first_index=4), t[4:])
+    assert not torch.equal(proc.q_sample(x_0, t, seed=1, step=10)[1], noise)
+    assert not torch.equal(proc.q_sample(x_0, t, seed=2, step=9)[1], noise)
+
+
+def test_timesteps_are_uniform():
+    t = df.Diffusion(num_timesteps=50).draw_timesteps(100_000, seed=0, step=0)
+    counts = torch.bincount(t, minlength=50)
+    assert t.min() == 0 and t.max() == 49 and len(counts) == 50
+    chi2 = ((counts - 2000) ** 2 / 2000).sum().item()
+    assert chi2 < 85.4  # 49 degrees of freedom: passed with probability 0.999
+
+
+def test_a_perfect_net_has_no_loss_and_recovers_x_0():
+    proc = df.Diffusion()
+    x_0, t = torch.randn(4, 1, 4, 4), torch.tensor([0, 10, 400, 900])
+    x_t, eps = proc.q_sample(x_0, t)
+    assert proc.loss(lambda *_: eps, x_0, t=t, noise=eps) == 0
+    for i in range(4):
+        found = x_0_from_eps(x_t[i].double(), eps[i].double(), proc.abar(int(t[i])))
+        torch.testing.assert_close(found, x_0[i].double(), rtol=0, atol=2e-4)  # / sqrt(abar) = 70
+
+
+def test_losses_are_their_formulas():
+    d = torch.tensor([[-3.0, -0.5, 0.0, 2.0]])
+    zero = torch.zeros_like(d)
+    assert distance(d, zero, "l1").item() == pytest.approx(5.5 / 4)
+    assert distance(d, zero, "l2").item() == pytest.approx(13.25 / 4)
+    assert distance(d, zero, "huber").item() == pytest.approx((2.5 + 0.125 + 0 + 1.5) / 4)
+
+
+def test_low_precision_keeps_its_dtype_and_is_drawn_alike():
+    proc = df.Diffusion()
+    x_0, t = torch.randn(2, 1, 4, 4), torch.tensor([5, 700])
+    x_t, eps = proc.q_sample(x_0.bfloat16(), t, seed=1)
+    exact, _ = proc.q_sample(x_0, t, seed=1)
+    assert x_t.dtype == eps.dtype == torch.bfloat16
+    torch.testing.assert_close(x_t.float(), exact, rtol=0.02, atol=0.02)  # bf16: 8 bits
+
+
+def test_bad_input_names_the_value_and_the_rule():
+    proc = df.Diffusion(num_timesteps=100)
+    x_0, t = torch.randn(2, 1, 4, 4), torch.tensor([0, 99])
+    for arguments, options, message in [
+        ((x_0, t[:1]), {}, r"t has shape \(1,\), must be \(2,\)"),
+        ((x_0, t + 1), {}, "t holds 100, must be from 0 to 99"),
+        ((x_0, t - 1), {}, "t holds -1, must be from 0 to 99"),
+        ((x_0.byte(), t), {}, "torch.uint8, must be floating point"),
+        ((x_0, t), {"noise": x_0[:1]}, r"noise has shape \(1, 1, 4, 4\)"),
+        ((x_0, t), {"step": -1}, "step=-1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            proc.q_sample(*arguments, **options)
+    with pytest.raises(ValueError, match="loss='l3'.*l1, l2, huber"):
+        df.Diffusion(loss="l3")
+
+
+def test_a_process_comes_back_from_its_json_and_from_its_betas():
+    proc = df.Diffusion("linear", 200, "l1", low=2e-4, high=0.01)
+    again = df.Diffusion(**proc.to_json())
+    assert torch.equal(again.betas, proc.betas) and again.loss_kind == "l1"
+    given = df.Diffusion.from_betas(proc.betas)
+    assert torch.equal(given.alphas_cumprod, proc.alphas_cumprod) and given.num_timesteps == 200
+    with pytest.raises(ValueError, match="no schedule to save"):
+        given.to_json()
+    with pytest.raises(ValueError, match=r"each in \(0, 1\)"):
+        df.Diffusion.from_betas(torch.tensor([0.5, 1.0]))

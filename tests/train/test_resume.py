@@ -1,0 +1,308 @@
+"""A killed, stopped or extended run ends where an uninterrupted one does, bit for bit."""
+
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+
+FLAGS = ("--iterations", 120, "--checkpoint-every", 20, "--log-every", 7, "--sample-every", 0,
+         "--dropout", 0.1)  # fmt: skip
+SHORT = ("--iterations", 12, "--checkpoint-every", 4, "--log-every", 3, "--sample-every", 0)
+VARIANTS = {
+    "dropout": ("--dropout", 0.1),
+    "adam, labels, flips": ("--optimizer", "adam", "--use-labels", "--flip", "on"),
+    "bf16, batch norm": ("--precision", "bf16", "--norm", "bn", "--grad-clip", 0),
+    "few averages, decay": ("--ema-update-rate", 3, "--weight-decay", 0.01, "--loss", "huber"),
+}
+
+
+def wait_for(path, process):
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, tiny):
+    """The run that nothing disturbed."""
+    import torch
+
+    from ddpm_fast.train.__main__ import main
+
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    assert main([*tiny, "--run-dir", str(folder), *map(str, FLAGS)]) == 0
+    return folder
+
+
+def test_killed_with_sigkill_and_resumed_it_is_bitwise_the_uninterrupted_run(
+    tmp_path, tiny, start_command, resume, uninterrupted, weights, rows
+):
+    run = tmp_path / "run"
+    process = start_command(*tiny, "--run-dir", run, *FLAGS)
+    wait_for(run / "checkpoints" / "step_00000020" / "manifest.json", process)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL  # and had not finished before
+    assert not (run / "checkpoints" / "step_00000120").exists()
+
+    assert resume(run) == 0
+    assert weights(run, 120) == weights(uninterrupted, 120)
+    assert rows(run) == rows(uninterrupted)
+
+
+def test_sigterm_saves_says_how_to_go_on_and_resumes_bitwise(
+    tmp_path, tiny, start_command, resume, uninterrupted, weights, rows
+):
+    run = tmp_path / "run"
+    process = start_command(*tiny, "--run-dir", run, *FLAGS)
+    wait_for(run / "checkpoints" / "step_00000020" / "manifest.json", process)
+    process.terminate()
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and err == ""
+    last_line = out.splitlines()[-1]
+    assert last_line.startswith("stopped by SIGTERM after step ")
+    assert last_line.endswith(f"continue with: python -m ddpm_fast.train --resume {run}")
+    step = int(last_line.split("after step ")[1].split(";")[0])
+    assert 20 <= step < 120
+    assert (run / "checkpoints" / f"step_{step:08d}" / "manifest.json").exists()
+
+    assert resume(run) == 0
+    assert weights(run, 120) == weights(uninterrupted, 120)
+    # the stop itself logs nothing: the rows are those of the uninterrupted run
+    assert rows(run) == rows(uninterrupted)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_run_lost_between_checkpoints_repeats_its_steps_exactly(
+    tmp_path, train, train_until_killed, resume, weights, rows, variant
+):
+    flags = (*SHORT, *VARIANTS[variant])
+    assert train(tmp_path / "whole", *flags) == 0
+    # lost after step 10, which logged row 9: the checkpoint is of step 8
+    train_until_killed(10, tmp_path / "cut", *flags)
+    assert rows(tmp_path / "cut")[-1][0] == "9"
+    assert resume(tmp_path / "cut") == 0
+    assert weights(tmp_path / "cut", 12) == weights(tmp_path / "whole", 12)
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_after_the_step_it_met(
+    tmp_path, train, resume, before_step, weights, rows, capsys, number
+):
+    assert train(tmp_path / "whole", *SHORT) == 0
+    undo = before_step(5, lambda: os.kill(os.getpid(), number))
+    handler = signal.getsignal(number)
+    assert train(tmp_path / "cut", *SHORT) == 0
+    undo()
+    assert signal.getsignal(number) is handler  # ours is gone with the run
+    name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+    assert f"stopped by {name} after step 6; checkpoint saved" in capsys.readouterr().out
+    assert resume(tmp_path / "cut") == 0
+    assert weights(tmp_path / "cut", 12) == weights(tmp_path / "whole", 12)
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+
+
+def test_a_second_ctrl_c_ends_the_run_at_once_in_one_line(tmp_path, tiny, before_step, refused):
+    from ddpm_fast.train.__main__ import main
+
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)  # the handlers run before this ends
+
+    before_step(5, twice)
+    argv = [*tiny, "--run-dir", tmp_path / "run", *SHORT]
+    assert refused(main, argv, 1) == "interrupted"
+
+
+def test_a_run_stopped_before_its_first_step_can_be_resumed(
+    tmp_path, train, resume, weights, monkeypatch
+):
+    """The signal comes while the run is set up: the checkpoint is of step 0."""
+    from ddpm_fast.train import loop
+
+    assert train(tmp_path / "whole", *SHORT) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "compile_net", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        assert train(tmp_path / "cut", *SHORT) == 0
+    assert (tmp_path / "cut" / "checkpoints" / "step_00000000").is_dir()
+    assert resume(tmp_path / "cut") == 0
+    assert weights(tmp_path / "cut", 12) == weights(tmp_path / "whole", 12)
+
+
+def test_resume_of_a_run_killed_before_its_first_checkpoint_starts_anew(
+    tmp_path, train, train_until_killed, resume, weights, rows, capsys
+):
+    assert train(tmp_path / "whole", *SHORT) == 0
+    train_until_killed(3, tmp_path / "cut", *SHORT)
+    assert rows(tmp_path / "cut") and not any((tmp_path / "cut" / "checkpoints").iterdir())
+    assert resume(tmp_path / "cut") == 0
+    assert "no checkpoint yet: starting from step 0" in capsys.readouterr().out
+    assert weights(tmp_path / "cut", 12) == weights(tmp_path / "whole", 12)
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+
+
+def test_a_metrics_row_cut_by_the_kill_is_dropped(tmp_path, train, train_until_killed, resume, rows):
+    assert train(tmp_path / "whole", *SHORT) == 0
+    train_until_killed(10, tmp_path / "cut", *SHORT)
+    with open(tmp_path / "cut" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 9, "lo')
+    assert resume(tmp_path / "cut") == 0
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+
+
+def test_auto_resume_starts_then_continues_then_sums_up(
+    tmp_path, train, train_until_killed, weights, rows, capsys
+):
+    assert train(tmp_path / "whole", *SHORT) == 0
+    capsys.readouterr()
+    train_until_killed(6, tmp_path / "cut", *SHORT, "--auto-resume")
+    assert "resumed" not in capsys.readouterr().out
+    assert train(tmp_path / "cut", *SHORT, "--auto-resume") == 0
+    assert "resumed after step 4 from" in capsys.readouterr().out
+    assert weights(tmp_path / "cut", 12) == weights(tmp_path / "whole", 12)
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+    before = weights(tmp_path / "cut", 12)
+    assert train(tmp_path / "cut", *SHORT, "--auto-resume") == 0
+    assert "finished 12 steps" in capsys.readouterr().out
+    assert weights(tmp_path / "cut", 12) == before
+
+
+def test_auto_resume_starts_where_a_start_was_lost_before_its_configuration(
+    tmp_path, train, monkeypatch
+):
+    from ddpm_fast.train.run_folder import RunFolder
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "write_config", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert train(tmp_path / "run", *SHORT, "--auto-resume") == 1
+    assert (tmp_path / "run" / "lock").exists()
+    assert train(tmp_path / "run", *SHORT, "--auto-resume") == 0
+
+
+def test_resume_of_a_finished_run_changes_nothing_and_sums_up(
+    tmp_path, train, resume, weights, rows, capsys
+):
+    run = tmp_path / "run"
+    assert train(run, *SHORT) == 0
+    saved, logged = weights(run, 12), rows(run)
+    capsys.readouterr()
+    assert resume(run) == 0
+    out = capsys.readouterr().out
+    assert "finished 12 steps" in out and "Frechet distance" in out
+    assert (weights(run, 12), rows(run)) == (saved, logged)
+
+
+def test_resume_with_more_iterations_goes_on_to_the_longer_run(
+    tmp_path, train, resume, weights, rows
+):
+    """With a constant learning rate the longer run is the same one, taken further."""
+    constant = (*SHORT, "--lr-schedule", "constant")
+    assert train(tmp_path / "long", *constant, "--iterations", 18) == 0
+    assert train(tmp_path / "short", *constant) == 0
+    assert resume(tmp_path / "short", "--iterations", 18) == 0
+    assert weights(tmp_path / "short", 18) == weights(tmp_path / "long", 18)
+    assert rows(tmp_path / "short") == rows(tmp_path / "long")
+    assert resume(tmp_path / "short") == 0  # the new length is the run's own now
+    assert '"iterations": 18' in (tmp_path / "short" / "config.json").read_text()
+
+
+def test_resume_with_fewer_iterations_than_done_is_refused(tmp_path, train, refused, tree):
+    from ddpm_fast.train.__main__ import main
+
+    run = tmp_path / "run"
+    assert train(run, *SHORT) == 0
+    before = tree(run)
+    message = refused(main, ["--resume", run, "--iterations", 5], 2)
+    assert "--iterations 5" in message and "12 or more" in message
+    assert tree(run) == before
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("--seed", 1), ("--batch-size", 4), ("--learning-rate", 0.1), ("--dropout", 0.2),
+     ("--channel-mults", "1,2,2"), ("--preset", "cifar10"), ("--run-dir", "elsewhere")],
+)  # fmt: skip
+def test_a_flag_that_would_make_it_another_run_is_refused(tiny_run, refused, tree, flag, value):
+    from ddpm_fast.train.__main__ import main
+
+    before = tree(tiny_run)
+    message = refused(main, ["--resume", tiny_run, flag, value], 2)
+    assert message.startswith(f"{flag} was ") and "a resumed run keeps its own" in message
+    assert tree(tiny_run) == before
+
+
+def test_resume_goes_back_past_a_damaged_checkpoint_and_still_ends_bitwise(
+    tmp_path, train, train_until_killed, resume, weights, capsys
+):
+    assert train(tmp_path / "whole", *SHORT) == 0
+    train_until_killed(10, tmp_path / "cut", *SHORT)
+    damaged = tmp_path / "cut" / "checkpoints" / "step_00000008" / "ema.safetensors"
+    data = bytearray(damaged.read_bytes())
+    data[-1] ^= 1
+    damaged.write_bytes(data)
+    assert resume(tmp_path / "cut") == 0
+    out = capsys.readouterr().out
+    assert f"skipped a damaged checkpoint: {damaged} was altered" in out
+    assert "resumed after step 4" in out
+    assert weights(tmp_path / "cut", 12) == weights(tmp_path / "whole", 12)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="RLIMIT_FSIZE is POSIX's")
+def test_a_full_disk_ends_the_run_in_one_line_and_spares_the_checkpoint(
+    tmp_path, train, start_command, resume, weights, tree
+):
+    """A limit of 20 kB a file stands for the disk: the kernel refuses the bytes past it."""
+    import resource
+
+    run = tmp_path / "run"
+    assert train(run, *SHORT) == 0
+    assert (run / "checkpoints" / "step_00000012" / "model.safetensors").stat().st_size > 20_000
+    checkpoints = tree(run / "checkpoints")
+    process = start_command(
+        "--resume", run, "--iterations", 40, "--checkpoint-every", 20,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
+    )  # fmt: skip
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert len(err.splitlines()) == 1
+    assert "step_00000020 not written: disk full; earlier checkpoints are untouched" in err
+    assert tree(run / "checkpoints") == checkpoints  # nothing half-written is left either
+    assert resume(run) == 0  # and with room again it goes on
+    assert (run / "checkpoints" / "step_00000040").is_dir()
+
+
+def test_of_two_trainers_on_one_folder_the_second_is_refused_and_the_first_unharmed(
+    tmp_path, train, start_command, before_step, weights, rows
+):
+    seen = []
+
+    def second():
+        process = start_command("--resume", tmp_path / "shared")
+        seen.append((process.communicate(timeout=60)[1], process.returncode))
+
+    assert train(tmp_path / "alone", *SHORT) == 0
+    before_step(6, second)
+    assert train(tmp_path / "shared", *SHORT) == 0
+    ((err, code),) = seen
+    assert code == 1 and len(err.splitlines()) == 1
+    assert f"run folder {tmp_path / 'shared'} is in use by another trainer" in err
+    assert weights(tmp_path / "shared", 12) == weights(tmp_path / "alone", 12)
+    assert rows(tmp_path / "shared") == rows(tmp_path / "alone")
+
+
+def test_help_is_fast_because_it_does_not_import_torch(tmp_path, start_command):
+    code = (
+        "import sys; from ddpm_fast.train.__main__ import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit as stop: print('exit', stop.code, 'torch' in sys.modules)"
+    )
+    import sys
+
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+    assert "--batch-size" in out and out.splitlines()[-1] == "exit 0 False"
