@@ -57,9 +57,9 @@ void parallel_for(int64_t units, int64_t elements, int threads, const Run& run) 
 }
 
 template <typename T>
-void dropout_planes(const T* x, T* out, const DropoutPlan& plan, const Draw& first, int threads,
+void dropout_elements(const T* x, T* out, const DropoutPlan& plan, const Draw& first, int threads,
                     void (*loop)(const T*, T*, int64_t, uint32_t, const Draw&, uint32_t, double)) {
-  const int64_t elements = plan.channels * plan.positions;
+  const int64_t elements = plan.elements;
   const int64_t units_per_sample = ceil_div(elements, UNIT);
   const auto run = [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) {
@@ -73,28 +73,6 @@ void dropout_planes(const T* x, T* out, const DropoutPlan& plan, const Draw& fir
     }
   };
   parallel_for(plan.samples * units_per_sample, plan.samples * elements, threads, run);
-}
-
-template <typename T>
-void dropout_rows(const T* x, T* out, const DropoutPlan& plan, const Draw& first, int threads,
-                  void (*loop)(const T*, T*, int64_t, int64_t, int64_t, int64_t, const Draw&,
-                               uint32_t, double)) {
-  const int64_t elements = plan.channels * plan.positions;
-  const int64_t octets = ceil_div(plan.positions, 8);
-  const auto run = [&](int64_t begin, int64_t end) {
-    while (begin < end) {
-      const int64_t sample = begin / octets;
-      const int64_t octet = begin % octets;
-      const int64_t octet_end = std::min(octets, octet + end - begin);
-      Draw draw = first;
-      draw.sample += uint32_t(sample);
-      loop(x + sample * elements, out + sample * elements, octet * 8,
-           std::min(plan.positions, octet_end * 8), plan.positions, plan.channels, draw,
-           plan.threshold, plan.scale);
-      begin += octet_end - octet;
-    }
-  };
-  parallel_for(plan.samples * octets, plan.samples * elements, threads, run);
 }
 
 }  // namespace
@@ -132,21 +110,11 @@ void dropout(const void* x, void* out, Dtype dtype, const DropoutPlan& plan, uin
   const Draw draw = make_draw(seed, plan.stream, first_index, step);
   const CpuLoops& loops = *active_loops();
   if (dtype == Dtype::float32) {
-    const float* from = static_cast<const float*>(x);
-    float* to = static_cast<float*>(out);
-    if (plan.channels_last) {
-      dropout_rows(from, to, plan, draw, threads, loops.dropout_rows_f32);
-    } else {
-      dropout_planes(from, to, plan, draw, threads, loops.dropout_f32);
-    }
+    dropout_elements(static_cast<const float*>(x), static_cast<float*>(out), plan, draw, threads,
+                     loops.dropout_f32);
   } else if (dtype == Dtype::float64) {
-    const double* from = static_cast<const double*>(x);
-    double* to = static_cast<double*>(out);
-    if (plan.channels_last) {
-      dropout_rows(from, to, plan, draw, threads, loops.dropout_rows_f64);
-    } else {
-      dropout_planes(from, to, plan, draw, threads, loops.dropout_f64);
-    }
+    dropout_elements(static_cast<const double*>(x), static_cast<double*>(out), plan, draw, threads,
+                     loops.dropout_f64);
   } else {
     throw std::invalid_argument("cpu dropout takes float32 or float64, got dtype code " +
                                 std::to_string(int(dtype)));

@@ -121,60 +121,6 @@ void dropout(const T* x, T* out, int64_t count, uint32_t first_counter, const Dr
   }
 }
 
-// One row piece of the channels-last order: `lanes` holds the words of channels c..c+count at this
-// position.
-template <typename T>
-DDPM_FAST_INLINE void dropout_row(const T* x, T* out, int64_t count, const uint32_t* lanes,
-                                  uint32_t shift, uint32_t threshold, T scale) {
-  for (int64_t i = 0; i < count; ++i) {
-    const T kept = x[i] * scale;
-    out[i] = ((lanes[i] >> shift) & 0xFFFFu) >= threshold ? kept : T(0);
-  }
-}
-
-// Channels run along memory, so the block's counters run over channels. If 8 divides `positions`,
-// the eight positions p..p+7 of a channel are the eight lanes of one counter.
-template <typename T>
-void dropout_rows_by_eight(const T* x, T* out, int64_t p_begin, int64_t p_end, int64_t positions,
-                           int64_t channels, const Draw& draw, uint32_t threshold, T scale) {
-  WordBlock block;
-  const uint32_t stride = uint32_t(positions / 8);
-  for (int64_t c = 0; c < channels; c += BLOCK) {
-    const int64_t count = channels - c < BLOCK ? channels - c : BLOCK;
-    for (int64_t p = p_begin; p < p_end; p += 8) {
-      fill_words(block, uint32_t((c * positions + p) / 8), stride, draw);
-      for (int64_t lane = 0; lane < 8; ++lane) {
-        const uint32_t* words[4] = {block.w0, block.w1, block.w2, block.w3};
-        const int64_t at = (p + lane) * channels + c;
-        dropout_row(x + at, out + at, count, words[lane / 2], uint32_t(lane % 2) * 16, threshold,
-                    scale);
-      }
-    }
-  }
-}
-
-// Any number of positions: every element draws its own counter, eight times the work.
-template <typename T>
-void dropout_rows_by_one(const T* x, T* out, int64_t p_begin, int64_t p_end, int64_t positions,
-                         int64_t channels, const Draw& draw, uint32_t threshold, T scale) {
-  for (int64_t p = p_begin; p < p_end; ++p) {
-    for (int64_t c = 0; c < channels; ++c) {
-      const uint64_t element = uint64_t(c) * uint64_t(positions) + uint64_t(p);
-      const Words<uint32_t> words = philox_words(uint32_t(element >> 3), draw);
-      const uint32_t lane = lane_of(words, uint32_t(element & 7));
-      const T kept = x[p * channels + c] * scale;
-      out[p * channels + c] = lane >= threshold ? kept : T(0);
-    }
-  }
-}
-
-template <typename T>
-void dropout_rows(const T* x, T* out, int64_t p_begin, int64_t p_end, int64_t positions,
-                  int64_t channels, const Draw& draw, uint32_t threshold, double scale) {
-  const auto loop = positions % 8 == 0 ? dropout_rows_by_eight<T> : dropout_rows_by_one<T>;
-  loop(x, out, p_begin, p_end, positions, channels, draw, threshold, T(scale));
-}
-
 }  // namespace
 
 extern const CpuLoops DDPM_FAST_TABLE(DDPM_FAST_LEVEL);
@@ -185,8 +131,6 @@ const CpuLoops DDPM_FAST_TABLE(DDPM_FAST_LEVEL) = {
     box_muller_pairs,
     dropout<float>,
     dropout<double>,
-    dropout_rows<float>,
-    dropout_rows<double>,
 };
 
 }  // namespace ddpm_fast

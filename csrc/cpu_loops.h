@@ -13,18 +13,11 @@ struct CpuLoops {
   void (*uniform)(float* out, int64_t count, uint32_t first_counter, const Draw& draw);
   void (*normal)(float* out, int64_t count, uint32_t first_counter, const Draw& draw);
   void (*box_muller)(const uint32_t* words, float* out, int64_t pairs);
-  // Memory order c,p: x[i], i < count, is element 8 * first_counter + i.
+  // x[i], i < count, is element 8 * first_counter + i.
   void (*dropout_f32)(const float* x, float* out, int64_t count, uint32_t first_counter,
                       const Draw& draw, uint32_t threshold, double scale);
   void (*dropout_f64)(const double* x, double* out, int64_t count, uint32_t first_counter,
                       const Draw& draw, uint32_t threshold, double scale);
-  // Memory order p,c: rows [p_begin, p_end) of one sample, x and out at its start.
-  void (*dropout_rows_f32)(const float* x, float* out, int64_t p_begin, int64_t p_end,
-                           int64_t positions, int64_t channels, const Draw& draw,
-                           uint32_t threshold, double scale);
-  void (*dropout_rows_f64)(const double* x, double* out, int64_t p_begin, int64_t p_end,
-                           int64_t positions, int64_t channels, const Draw& draw,
-                           uint32_t threshold, double scale);
 };
 
 extern const CpuLoops loops_baseline;

@@ -99,8 +99,8 @@ __global__ void fill_kernel(float* out, FillPlan plan) {
 
 // Memory order n,c,p: the eight lanes of a counter are eight neighbours in memory.
 template <typename T, bool ALIGNED>
-__global__ void dropout_planes_kernel(const T* x, T* out, DropoutPlan plan, DeviceRng rng) {
-  const int64_t elements = plan.channels * plan.positions;
+__global__ void dropout_kernel(const T* x, T* out, DropoutPlan plan, DeviceRng rng) {
+  const int64_t elements = plan.elements;
   const int64_t counters_per_sample = (elements + 7) / 8;
   const int64_t counters = plan.samples * counters_per_sample;
   for (int64_t i = global_thread(); i < counters; i += thread_count()) {
@@ -124,44 +124,6 @@ __global__ void dropout_planes_kernel(const T* x, T* out, DropoutPlan plan, Devi
         out[at + lane] = keep ? scaled(x[at + lane], plan.scale) : T(0.0f);
       }
     }
-  }
-}
-
-// Memory order n,p,c with 8 dividing p: neighbouring threads take neighbouring channels of the same
-// octet of positions.
-template <typename T>
-__global__ void dropout_rows_by_eight_kernel(const T* x, T* out, DropoutPlan plan, DeviceRng rng) {
-  const int64_t octets = plan.positions / 8;
-  const int64_t work = plan.samples * octets * plan.channels;
-  for (int64_t i = global_thread(); i < work; i += thread_count()) {
-    const int64_t channel = i % plan.channels;
-    const int64_t octet = i / plan.channels % octets;
-    const int64_t sample = i / plan.channels / octets;
-    const Words<uint32_t> words =
-        philox_words(uint32_t(channel * octets + octet), rng.draw(plan.stream, sample));
-    const int64_t at = (sample * plan.positions + octet * 8) * plan.channels + channel;
-#pragma unroll
-    for (int lane = 0; lane < 8; ++lane) {
-      const int64_t here = at + lane * plan.channels;
-      const bool keep = lane_of(words, lane) >= plan.threshold;
-      out[here] = keep ? scaled(x[here], plan.scale) : T(0.0f);
-    }
-  }
-}
-
-// Memory order n,p,c, any p: a counter for every element.
-template <typename T>
-__global__ void dropout_rows_by_one_kernel(const T* x, T* out, DropoutPlan plan, DeviceRng rng) {
-  const int64_t work = plan.samples * plan.positions * plan.channels;
-  for (int64_t i = global_thread(); i < work; i += thread_count()) {
-    const int64_t channel = i % plan.channels;
-    const int64_t position = i / plan.channels % plan.positions;
-    const int64_t sample = i / plan.channels / plan.positions;
-    const int64_t element = channel * plan.positions + position;
-    const Words<uint32_t> words =
-        philox_words(uint32_t(element / 8), rng.draw(plan.stream, sample));
-    const bool keep = lane_of(words, uint32_t(element % 8)) >= plan.threshold;
-    out[i] = keep ? scaled(x[i], plan.scale) : T(0.0f);
   }
 }
 
@@ -189,19 +151,9 @@ void launch_dropout(const void* x_ptr, void* out_ptr, const DropoutPlan& plan, D
                     int device, void* stream) {
   const T* x = static_cast<const T*>(x_ptr);
   T* out = static_cast<T*>(out_ptr);
-  const int64_t elements = plan.channels * plan.positions;
-  if (!plan.channels_last) {
-    const bool aligned = elements % 8 == 0 && aligned16(x) && aligned16(out);
-    launch("dropout_planes_kernel", plan.samples * ((elements + 7) / 8), device, stream,
-           aligned ? dropout_planes_kernel<T, true> : dropout_planes_kernel<T, false>, x, out, plan,
-           rng);
-  } else if (plan.positions % 8 == 0) {
-    launch("dropout_rows_by_eight_kernel", plan.samples * elements / 8, device, stream,
-           dropout_rows_by_eight_kernel<T>, x, out, plan, rng);
-  } else {
-    launch("dropout_rows_by_one_kernel", plan.samples * elements, device, stream,
-           dropout_rows_by_one_kernel<T>, x, out, plan, rng);
-  }
+  const bool aligned = plan.elements % 8 == 0 && aligned16(x) && aligned16(out);
+  launch("dropout_kernel", plan.samples * ((plan.elements + 7) / 8), device, stream,
+         aligned ? dropout_kernel<T, true> : dropout_kernel<T, false>, x, out, plan, rng);
 }
 
 }  // namespace

@@ -18,12 +18,9 @@ struct FillPlan {
   int64_t samples, elements;
 };
 
-// Dropout over (samples, channels, positions); memory order n,c,p or, with channels_last, n,p,c.
-// The random number belongs to the logical element c * positions + p of its sample, so both orders
-// drop the same elements.
+// Dropout over (samples, elements), in the order in which elements are counted: channels fastest.
 struct DropoutPlan {
-  int64_t samples, channels, positions;
-  bool channels_last;
+  int64_t samples, elements;
   uint32_t stream;
   uint32_t threshold;  // keep iff lane >= threshold; 0..65536
   double scale;        // of the kept elements

@@ -46,9 +46,9 @@ FillPlan fill_plan(int64_t samples, int64_t elements, uint64_t seed, uint32_t st
   return {seed, stream, step, first_index, samples, elements};
 }
 
-DropoutPlan dropout_plan(int64_t samples, int64_t channels, int64_t positions, bool channels_last,
+DropoutPlan dropout_plan(int64_t samples, int64_t elements,
                          uint32_t stream, uint32_t threshold, double scale) {
-  return {samples, channels, positions, channels_last, stream, threshold, scale};
+  return {samples, elements, stream, threshold, scale};
 }
 
 using release = py::call_guard<py::gil_scoped_release>;
@@ -77,12 +77,11 @@ void bind_cpu(py::module_ m) {
       release());
   m.def(
       "dropout",
-      [](uintptr_t x, uintptr_t out, int dtype, int64_t samples, int64_t channels,
-         int64_t positions, bool channels_last, uint32_t stream, uint32_t threshold, double scale,
+      [](uintptr_t x, uintptr_t out, int dtype, int64_t samples, int64_t elements, uint32_t stream, uint32_t threshold, double scale,
          uint64_t seed, uint32_t step, uint32_t first_index, int threads) {
         cpu::dropout(
             pointer<void>(x), pointer<void>(out), Dtype(dtype),
-            dropout_plan(samples, channels, positions, channels_last, stream, threshold, scale),
+            dropout_plan(samples, elements, stream, threshold, scale),
             seed, step, first_index, threads);
       },
       release());
@@ -112,12 +111,11 @@ void bind_cuda(py::module_ m) {
       release());
   m.def(
       "dropout",
-      [](uintptr_t x, uintptr_t out, int dtype, int64_t samples, int64_t channels,
-         int64_t positions, bool channels_last, uint32_t stream, uint32_t threshold, double scale,
+      [](uintptr_t x, uintptr_t out, int dtype, int64_t samples, int64_t elements, uint32_t stream, uint32_t threshold, double scale,
          uintptr_t rng, int device, uintptr_t cuda_stream) {
         cuda::dropout(
             pointer<void>(x), pointer<void>(out), Dtype(dtype),
-            dropout_plan(samples, channels, positions, channels_last, stream, threshold, scale),
+            dropout_plan(samples, elements, stream, threshold, scale),
             pointer<int64_t>(rng), device, pointer<void>(cuda_stream));
       },
       release());

@@ -67,7 +67,8 @@ def rewrite(kind: type, argv: Sequence[str], renamed: Mapping[str, str]) -> list
         flag = renamed.get(flag, flag)
         positive = flag.removeprefix("no-")
         if flag not in types and types.get(positive) is not bool:
-            raise UsageError(f"unknown flag {word.partition('=')[0]}{nearest(flag, types)}")
+            flags = ["--" + name for name in types]
+            raise UsageError(f"unknown flag {word.partition('=')[0]}{nearest('--' + flag, flags)}")
         values = [value] if equals else _take_values(words)
         if types[positive] is bool:
             out += _boolean(flag, values)
@@ -125,12 +126,16 @@ def run_command(
 ) -> int:
     """Run `command(argv)`; a foreseen error becomes one line on stderr.
 
-    returns  0, or 2 for a bad argument, 1 for a failure; DDPM_FAST_TRACEBACK=1 shows the trace
+    returns  0, or 2 for a bad argument, 1 for a failure or Ctrl-C;
+             DDPM_FAST_TRACEBACK=1 shows the trace
     """
     try:
         return command(sys.argv[1:] if argv is None else argv) or 0
     except UsageError as error:
         return _report(prog, error, 2)
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (Failure, OSError) as error:
         return _report(prog, error, 1)
     except KeyboardInterrupt:

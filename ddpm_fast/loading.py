@@ -42,7 +42,7 @@ def load(
     preset, config  one of them for a .pth, which does not say what net it is for
     ema      the averaged weights, or else the trained ones
     raises   CheckpointError  missing, damaged, or of another architecture
-             ValueError       a .pth without preset or config; an unknown preset
+             ValueError       a .pth without preset or config, or another path with one
     """
     return load_trained(path, preset=preset, config=config, ema=ema, device=device).net
 
@@ -68,6 +68,8 @@ def load_trained(
             _net(config, weights, path, device), original.diffusion(state, path), None, path
         )
     saved = _read(path)
+    if preset is not None or config is not None:
+        raise ValueError(f"{path} says itself what net it is for: preset and config are for a .pth")
     part = "ema" if ema else "model"
     try:
         config = UNetConfig.from_json(saved.manifest["net"])

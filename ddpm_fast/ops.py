@@ -7,7 +7,6 @@ impl  "auto"       the compiled extension; where it is missing the reference, wi
 The environment variable DDPM_FAST_IMPL replaces "auto".
 """
 
-import os
 import warnings
 from collections.abc import Sequence
 
@@ -17,10 +16,12 @@ from torch import Tensor
 from ddpm_fast.kernels import dropout as dropout_kernel
 from ddpm_fast.kernels import extension
 from ddpm_fast.kernels import philox as philox_kernel
+from ddpm_fast.kernels.group_norm_silu import group_norm_silu
+from ddpm_fast.kernels.impl import chosen_impl
 
-IMPLS = ("auto", "fused", "reference")
+__all__ = ["dropout", "group_norm_silu", "philox_normal", "philox_uniform", "philox_words"]
 
-_library = torch.library.Library("ddpm_fast", "DEF")
+_library = torch.library.Library("ddpm_fast", "FRAGMENT")
 _tags = (torch.Tag.pt2_compliant_tag,)
 
 
@@ -140,7 +141,7 @@ def dropout(
 
 def use_extension(impl: str, device: torch.device) -> bool:
     """Whether `impl` means the extension on this device; RuntimeError for a "fused" it lacks."""
-    impl = _chosen_impl(impl)
+    impl = chosen_impl(impl)
     if impl == "reference":
         return False
     why = extension.why_missing(device.type)
@@ -152,17 +153,6 @@ def use_extension(impl: str, device: torch.device) -> bool:
         message = f"ddpm_fast runs its plain-torch reference: {why}"
         warnings.warn(message, RuntimeWarning, stacklevel=3)
     return False
-
-
-def _chosen_impl(impl: str) -> str:
-    if impl not in IMPLS:
-        raise ValueError(f"impl={impl!r} must be one of {', '.join(IMPLS)}")
-    if impl != "auto":
-        return impl
-    default = os.environ.get("DDPM_FAST_IMPL", "auto")
-    if default not in IMPLS:
-        raise ValueError(f"DDPM_FAST_IMPL={default!r} must be one of {', '.join(IMPLS)}")
-    return default
 
 
 def _philox_fill(

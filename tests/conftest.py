@@ -1,10 +1,16 @@
 """What tests of several folders share: tiny trained runs, and how a command refuses."""
 
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+
+from ddpm_fast.train.__main__ import main
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first import of Triton
 
 # A net of 10 thousand parameters on the digits, 5 diffusion steps: a training run takes under 1 s.
 TINY = (
@@ -14,53 +20,70 @@ TINY = (
 )
 
 
+# 4 steps large enough for the classes and the dropout to show in the images.
+QUICK = ("--iterations", 4, "--learning-rate", 0.05, "--warmup-steps", 0, "--ema-decay", 0.5)
+
+PROGRESS = ("downloading ", "hashing ", "decoding ")
+
+
 @pytest.fixture(scope="session")
 def tiny():
     """Flags of a training run that is over at once."""
     return TINY
 
 
+@contextmanager
+def threads(count):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def one_thread():
-    """Tiny nets lose time to more threads; and sums are the same in every process."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def train_tiny(folder: Path, *flags: str) -> Path:
-    from ddpm_fast.train.__main__ import main
-
-    run = folder / "run"
-    assert main([*TINY, "--iterations", "4", "--log-every", "2", "--run-dir", str(run), *flags]) == 0
-    return run
+    """Tiny nets lose time to more threads, and another number sums in another order."""
+    with threads(1):
+        yield
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory):
+def train_tiny(tmp_path_factory):
+    """train_tiny(*flags, num_threads=1) -> the folder of a finished run."""
+
+    def train(*flags, num_threads=1):
+        run = tmp_path_factory.mktemp("tiny") / "run"
+        with threads(num_threads):
+            assert main([*TINY, *map(str, flags), "--run-dir", str(run)]) == 0
+        return run
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def tiny_run(train_tiny):
     """A finished run of an unconditional net; not to be written to."""
-    return train_tiny(tmp_path_factory.mktemp("tiny"))
+    return train_tiny(*QUICK)
 
 
 @pytest.fixture(scope="session")
-def tiny_class_run(tmp_path_factory):
+def tiny_class_run(train_tiny):
     """A finished run of a class-conditional net; not to be written to."""
-    return train_tiny(tmp_path_factory.mktemp("tiny_classes"), "--use-labels")
+    return train_tiny(*QUICK, "--use-labels")
 
 
 @pytest.fixture
 def refused(capsys):
     """refused(main, argv, code) -> the one line with which the command ended.
 
-    Lines that a download or a decode shows before it fails are not counted.
+    The lines by which data tell their progress before they fail are not counted.
     """
 
     def check(main, argv, code):
         capsys.readouterr()
         assert main([str(word) for word in argv]) == code
         lines = capsys.readouterr().err.splitlines()
-        lines = [li for li in lines if not li.startswith(("downloading ", "decoding "))]
+        lines = [li for li in lines if not li.startswith(PROGRESS)]
         assert len(lines) == 1, lines
         prog, error, message = lines[0].partition(": error: ")
         assert error and prog.startswith("python -m ddpm_fast.")
@@ -69,12 +92,20 @@ def refused(capsys):
     return check
 
 
+@pytest.fixture(scope="session")
+def tiny_dropout_run(train_tiny):
+    """A finished run of a net with dropout; not to be written to."""
+    return train_tiny(*QUICK, "--dropout", 0.5)
+
+
 @pytest.fixture
 def tree():
-    """tree(folder) -> {relative path: bytes, or None for a folder}, to show that nothing changed."""
+    """tree(folder) -> {relative path: bytes, None for a folder}, to show that nothing changed."""
 
     def read(folder):
-        paths = (Path(base) / name for base, dirs, files in os.walk(folder) for name in dirs + files)
+        paths = (
+            Path(base) / name for base, dirs, files in os.walk(folder) for name in dirs + files
+        )
         return {p.relative_to(folder): p.read_bytes() if p.is_file() else None for p in paths}
 
     return read

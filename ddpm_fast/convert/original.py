@@ -6,6 +6,7 @@ U-Net shares. Read with weights_only: no code from the file runs.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -18,11 +19,13 @@ from ddpm_fast.diffusion.process import Diffusion
 def read_pth(path: Path) -> dict[str, Tensor]:
     """The file's state dict on the CPU; CheckpointError if it is anything else."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or error}") from None
-    except Exception as error:  # damaged pickles make the reader raise nearly every kind
-        first = str(error).split(". ")[0].split("\n")[0]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a damaged pickle: the error says enough
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged files make the reader raise nearly every kind
+        if isinstance(error, OSError) and error.filename is not None:  # it could not be opened
+            raise CheckpointError(f"{path}: {error.strerror}") from None
+        first = str(error).split(". ")[0].split("\n")[0] or type(error).__name__
         raise CheckpointError(f"{path} cannot be read as a file of weights only: {first}") from None
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()

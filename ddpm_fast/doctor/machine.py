@@ -121,7 +121,7 @@ def check_nvcc() -> Finding:
     if path is None:
         return Finding(
             "not found; only building the CUDA part needs it", "optional",
-            "install NVIDIA's CUDA toolkit, then: DDPM_FAST_CUDA=1 pip install -e .",
+            "DDPM_FAST_CUDA=1 pip install -e .  # after installing NVIDIA's CUDA toolkit",
         )  # fmt: skip
     release = re.search(r"release (\d+\.\d+)", _output(path, "--version"))
     return Finding(f"{release[1] if release else 'of unknown version'}, {path}")

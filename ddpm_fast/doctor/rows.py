@@ -15,7 +15,7 @@ Status = Literal["ok", "slower", "optional", "fails"]
 
 # import name -> what pip calls it, where the two differ
 PIP_NAMES = {"PIL": "pillow", "pynvml": "nvidia-ml-py", "ddpm_fast": "-e ."}
-TRACEBACK_COMMAND = "DDPM_FAST_TRACEBACK=1 python -m ddpm_fast.doctor"
+TRACEBACK_COMMAND = "DDPM_FAST_TRACEBACK=1 python -m ddpm_fast.doctor  # shows where"
 
 
 @dataclass(frozen=True)
@@ -74,4 +74,4 @@ def pip_install(modules: list[str]) -> str:
 def _mend(error: BaseException) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name:
         return pip_install([error.name.partition(".")[0]])
-    return f"{TRACEBACK_COMMAND} shows where it went wrong"
+    return TRACEBACK_COMMAND

@@ -12,7 +12,8 @@ from dataclasses import asdict
 from ddpm_fast.doctor.rows import Row
 
 WIDTH = 80
-STYLES = {"ok": "green", "slower": "yellow", "optional": "dim", "fails": "bold red"}
+# In the order of weight
+STYLES = {"ok": "green", "optional": "dim", "slower": "yellow", "fails": "bold red"}
 
 
 def show(rows: Sequence[Row], *, json: bool = False) -> None:
@@ -27,6 +28,7 @@ def show(rows: Sequence[Row], *, json: bool = False) -> None:
     except ImportError:  # rich is one of the pieces that may be missing
         for row in rows:
             print(f"{row.name:<14} {row.status:<9} {row.found}")
+        print()
     _print_mends(rows)
     print(_verdict(rows))
 
@@ -49,12 +51,15 @@ def _print_table(rows: Sequence[Row]) -> None:
 
 def _print_mends(rows: Sequence[Row]) -> None:
     """Each command once, on a line of its own that is never broken, so that it can be copied."""
-    names: dict[str, list[str]] = {}
-    for row in sorted(rows, key=lambda row: row.status != "fails"):
+    mended: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: list(STYLES).index(row.status), reverse=True):
         if row.mend:
-            names.setdefault(row.mend, []).append(f"{row.name} ({row.status})")
-    for mend, pieces in names.items():
-        print(textwrap.fill(f"To mend {', '.join(pieces)}:", WIDTH), f"    {mend}", "", sep="\n")
+            mended.setdefault(row.mend, []).append(row)
+    for mend, those in mended.items():
+        optional = all(row.status == "optional" for row in those)
+        names = ", ".join(row.name for row in those)
+        title = f"To {'have' if optional else 'mend'} {names}:"
+        print(textwrap.fill(title, WIDTH), f"    {mend}", "", sep="\n")
 
 
 def _verdict(rows: Sequence[Row]) -> str:

@@ -1,1 +1,36 @@
-"""One file per fused op: its maths, its plain-torch reference, its launch."""
+"""One file per fused op: its maths, its plain-torch reference, its launch.
+
+MODULES is the one list of kernels; SPECS are theirs, in the same order, imported when first asked
+for: `from ddpm_fast.kernels import SPECS` imports torch, `import ddpm_fast.kernels` does not. The
+Triton code of <name> is in <name>_triton.py, which does without torch (offline.py says why).
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ddpm_fast.kernels.spec import KernelSpec
+
+    SPECS: tuple[KernelSpec, ...]
+
+MODULES = ("philox", "dropout", "group_norm_silu", "attention")
+
+
+def __getattr__(name: str) -> Any:
+    if name != "SPECS":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib.util import find_spec
+
+    specs = tuple(
+        s
+        for s in (
+            getattr(import_module(f"{__name__}.{module}"), "SPEC", None)
+            for module in MODULES
+            if find_spec(f"{__name__}.{module}")
+        )
+        if s
+    )  # TEMP
+    globals()["SPECS"] = specs
+    return specs

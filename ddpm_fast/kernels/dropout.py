@@ -1,18 +1,23 @@
 """y = x * keep * 65536 / (65536 - threshold), keep = lane >= threshold; threshold = round(65536 p).
 
-The lane of logical element e (C,H,W order, whatever the memory layout) of sample n is 16 bits of
-Philox: counter (e // 8, stream, first_index + n, step), word (e % 8) // 2, low half first. The rate
-is a multiple of 2^-16 and the scale is that rate's, so the mean is exact. A dropped element is 0,
+The lane of element e of sample n is 16 bits of Philox: counter (e // 8, stream, first_index + n,
+step), word (e % 8) // 2, low half first. e counts in H,W,C order whatever the memory layout: the
+eight channels that a thread of an NHWC kernel holds share a counter (in C,H,W order, as noise has
+it, the compiler drew all eight lanes for each: 117 instructions an element more). The rate is a
+multiple of 2^-16 and the scale is that rate's, so the mean is exact. A dropped element is 0,
 also where x is not finite. y is linear in x: the backward pass is the same op, with the same
 counters, on the gradient, and no mask is stored.
 """
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ddpm_fast.kernels import extension, philox
+from ddpm_fast.kernels.spec import Case, Inputs, KernelSpec
 
 LANE_VALUES = 65536
 COMPUTE_DTYPE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
@@ -38,6 +43,17 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
+def in_counting_order(x: Tensor) -> Tensor:
+    """(N, C, *positions) -> (N, *positions, C), dense; a view of a channels-last x."""
+    return (x.movedim(1, -1) if x.dim() > 2 else x).contiguous()
+
+
+def from_counting_order(y: Tensor, like: Tensor) -> Tensor:
+    """Inverse of :func:`in_counting_order`, in the layout of `like`."""
+    y = y.movedim(-1, 1) if y.dim() > 2 else y
+    return y.contiguous(memory_format=memory_format_of(like))
+
+
 def reference(x: Tensor, rng: Tensor, threshold: int, stream: int) -> Tensor:
     """x (N, ...) floating, rng (3,) int64 [seed, step, first_index] on x's device -> y like x."""
     elements = math.prod(x.shape[1:])
@@ -46,10 +62,11 @@ def reference(x: Tensor, rng: Tensor, threshold: int, stream: int) -> Tensor:
         x.shape[0], -(-elements // 8), seed, step, first_index, stream
     )
     lanes = torch.stack([words & 0xFFFF, words >> 16], dim=-1).flatten(1)[:, :elements]
-    keep = lanes.reshape(x.shape) >= threshold
-    scaled = x.to(COMPUTE_DTYPE.get(x.dtype, x.dtype)) * scale_of(threshold)
+    values = in_counting_order(x)
+    keep = lanes.reshape(values.shape) >= threshold
+    scaled = values.to(COMPUTE_DTYPE.get(x.dtype, x.dtype)) * scale_of(threshold)
     y = torch.where(keep, scaled, torch.zeros((), dtype=scaled.dtype, device=x.device))
-    return y.to(x.dtype).contiguous(memory_format=memory_format_of(x))
+    return from_counting_order(y.to(x.dtype), x)
 
 
 def check_rng(x: Tensor, values: tuple[int, int, int], stream: int) -> None:
@@ -73,20 +90,14 @@ def empty_output(x: Tensor) -> Tensor:
 
 def launch(x: Tensor, rng: Tensor, threshold: int, stream: int) -> Tensor:
     """`reference` by the extension, in one pass over x."""
-    layout = memory_format_of(x)
-    channels_last = layout != torch.contiguous_format
-    positions = math.prod(x.shape[2:]) if channels_last else 1
-    elements = math.prod(x.shape[1:])
-    plan = (
-        *(x.shape[0], elements // max(positions, 1), positions, channels_last),
-        *(stream, threshold, scale_of(threshold)),
-    )
+    plan = (x.shape[0], math.prod(x.shape[1:]), stream, threshold, scale_of(threshold))
+    values = in_counting_order(x)
     if x.device.type == "cuda":
-        return _launch_cuda(x.contiguous(memory_format=layout), rng, plan)
+        return from_counting_order(_launch_cuda(values, rng, plan), x)
     seed, step, first_index = rng.tolist()
     check_rng(x, (seed, step, first_index), stream)
-    compute = x.to(COMPUTE_DTYPE.get(x.dtype, x.dtype)).contiguous(memory_format=layout)
-    y = empty_output(compute)
+    compute = values.to(COMPUTE_DTYPE.get(x.dtype, x.dtype))
+    y = torch.empty_like(compute)
     extension.module().cpu.dropout(
         compute.data_ptr(),
         y.data_ptr(),
@@ -94,11 +105,11 @@ def launch(x: Tensor, rng: Tensor, threshold: int, stream: int) -> Tensor:
         *plan,
         *(seed, step, first_index, torch.get_num_threads()),
     )
-    return y.to(x.dtype)
+    return from_counting_order(y.to(x.dtype), x)
 
 
 def _launch_cuda(x: Tensor, rng: Tensor, plan: tuple) -> Tensor:
-    y = empty_output(x)
+    y = torch.empty_like(x)
     with torch.cuda.device(x.device):
         extension.module().cuda.dropout(
             x.data_ptr(),
@@ -109,3 +120,47 @@ def _launch_cuda(x: Tensor, rng: Tensor, plan: tuple) -> Tensor:
             *extension.cuda_target(x.device),
         )
     return y
+
+
+def _make_inputs(values: Mapping[str, Any], dtype: torch.dtype, device: str, seed: int) -> Inputs:
+    """values: shape (N, ...), p; a map is channels last."""
+    shape = values["shape"]
+    generator = torch.Generator(device).manual_seed(seed)
+    x = torch.randn(shape, generator=generator, device=device).to(dtype)
+    if len(shape) == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    return {
+        "x": x.requires_grad_(),
+        "rng": torch.tensor([seed, 3, 11], device=device),
+        "threshold": threshold_of(values["p"]),
+        "stream": philox.Stream.DROPOUT + 5,
+    }
+
+
+def _fused(x: Tensor, rng: Tensor, threshold: int, stream: int) -> Tensor:
+    """The differentiable op, which ddpm_fast.ops registers: import that first."""
+    return torch.ops.ddpm_fast.dropout(x, rng, threshold, stream)
+
+
+def _bytes_moved(values: Mapping[str, Any], dtype: torch.dtype, backward: bool) -> int:
+    return 2 * dtype.itemsize * math.prod(values["shape"])
+
+
+SPEC = KernelSpec(
+    name="dropout",
+    source="Srivastava et al. 2014, its mask drawn by counter",
+    reference=reference,
+    fused=_fused,
+    make_inputs=_make_inputs,
+    cases=(
+        Case(name="256x128x32x32", values={"shape": (256, 128, 32, 32), "p": 0.1}),
+        Case(name="256x256x16x16", values={"shape": (256, 256, 16, 16), "p": 0.1}),
+        Case(name="4x32x16x16", values={"shape": (4, 32, 16, 16), "p": 0.1}, small=True),
+        Case(name="2x7x3x5 p0.5", values={"shape": (2, 7, 3, 5), "p": 0.5}, small=True),
+    ),
+    bytes_moved=_bytes_moved,
+    flops=lambda values, backward: 0,
+    # Scaled in fp32, rounded once: 1.7e-3 is bf16's floor, an eighth of it fp16's.
+    tolerance={torch.float32: 1e-6, torch.float16: 4.2e-4, torch.bfloat16: 3.4e-3},
+    launches=lambda arch: [],  # csrc/, not Triton
+)

@@ -16,11 +16,14 @@ The words agree bit for bit between this file's reference and csrc/philox.h, the
 
 import enum
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ddpm_fast.kernels import extension
+from ddpm_fast.kernels.spec import Case, Inputs, KernelSpec
 
 MASK = 0xFFFFFFFF
 
@@ -175,3 +178,33 @@ def launch_fill(
     else:
         extension.module().cpu.philox_fill(*plan, torch.get_num_threads())
     return out
+
+
+def _make_inputs(values: Mapping[str, Any], dtype: torch.dtype, device: str, seed: int) -> Inputs:
+    return {
+        "shape": values["shape"], "normal": True, "seed": seed, "stream": Stream.NOISE, "step": 3,
+        "first_index": 11, "device": torch.device(device),
+    }  # fmt: skip
+
+
+def _bytes_moved(values: Mapping[str, Any], dtype: torch.dtype, backward: bool) -> int:
+    return 0 if backward else 4 * math.prod(values["shape"])
+
+
+SPEC = KernelSpec(
+    name="philox_normal",
+    source="Salmon et al. 2011, Box and Muller 1958: counters to normals in one pass",
+    reference=reference_fill,
+    fused=launch_fill,
+    make_inputs=_make_inputs,
+    cases=(
+        Case(name="256x3x32x32", values={"shape": (256, 3, 32, 32)}),
+        Case(name="16384x3x32x32", values={"shape": (16384, 3, 32, 32)}),
+        Case(name="16x3x32x32", values={"shape": (16, 3, 32, 32)}, small=True),
+        Case(name="3x5x7", values={"shape": (3, 5, 7)}, small=True),
+    ),
+    bytes_moved=_bytes_moved,
+    flops=lambda values, backward: 0,
+    tolerance={torch.float32: 1e-6},
+    launches=lambda arch: [],  # csrc/, not Triton
+)

@@ -37,6 +37,8 @@ class SampleFolder:
     def __init__(self, path: Path, identity: dict[str, Any]) -> None:
         self.path = path
         path.mkdir(parents=True, exist_ok=True)
+        for leftover in path.glob(".*.tmp"):  # of a killed process
+            leftover.unlink(missing_ok=True)
         record = path / RECORD
         if record.exists():
             self._check_same(_read_record(record), identity)

@@ -110,15 +110,15 @@ class TrainConfig:
     sample_images: int = 64
     """images of a sample grid"""
     sample_steps: int = 50
-    """DDIM steps of a sample grid"""
+    """DDIM steps of a sample grid, at most num_timesteps"""
     checkpoint_every: int = 500
     """steps between checkpoints; 0: only the last"""
     keep_checkpoints: int = 3
     """newest checkpoints kept"""
     tensorboard: bool = False
-    """also log to TensorBoard (pip install 'ddpm-fast[logging]')"""
+    """also log to TensorBoard (pip install tensorboard)"""
     wandb: bool = False
-    """also log to Weights & Biases (pip install 'ddpm-fast[logging]')"""
+    """also log to Weights & Biases (pip install wandb)"""
 
     def __post_init__(self) -> None:
         _check_preset(self.preset)
@@ -136,11 +136,6 @@ class TrainConfig:
             raise ValueError(f"ema_decay={self.ema_decay} must be in [0, 1)")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed} must be from 0 to 2**63 - 1")
-        if self.sample_steps > self.num_timesteps:
-            raise ValueError(
-                f"sample_steps={self.sample_steps} must be at most "
-                f"num_timesteps={self.num_timesteps}"
-            )
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise ValueError(f"device={self.device!r} must be auto, cpu, cuda or cuda:N")
         self.net_config()
@@ -301,9 +296,7 @@ def _base_values(given: dict[str, str | None]) -> tuple[dict[str, Any], bool]:
     values = read_config(Path(given["config"])) if given.get("config") else {}
     values.pop("run_dir", None)  # a new run has its own folder
     preset = given.get("preset") or values.get("preset", "digits")
-    if preset != values.get("preset"):
-        values = {**preset_values(preset), **{k: v for k, v in values.items() if k != "preset"}}
-    return values, False
+    return {**preset_values(preset), **values, "preset": preset}, False
 
 
 def preset_values(name: str) -> dict[str, Any]:

@@ -167,7 +167,7 @@ class Run:
                 parts.ema.net,
                 parts.proc,
                 config.sample_images,
-                steps=config.sample_steps,
+                steps=min(config.sample_steps, config.num_timesteps),
                 batch_size=min(config.sample_images, 256),
                 y=None if classes is None else torch.arange(config.sample_images) % classes,
                 seed=config.seed,

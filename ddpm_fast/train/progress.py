@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import asdict, dataclass
 
@@ -33,12 +34,20 @@ class Measured:
         )
 
 
+class PatientConsole(Console):
+    """A console whose reader may leave (`train | head`): the run goes on, log.txt has the rest."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class Display:
     """Prints to the terminal and the run's log. Use as a context: the bar ends with it."""
 
     def __init__(self, folder: RunFolder, iterations: int, console: Console | None = None) -> None:
         self.folder, self.iterations = folder, iterations
-        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.console = console or PatientConsole(highlight=False, soft_wrap=True)
         self._bar = None
         if self.console.is_terminal:
             self._bar = Progress(

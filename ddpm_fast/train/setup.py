@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.utils._triton import has_triton
 
 from ddpm_fast.data import ImageSet, open_images
 from ddpm_fast.data.batches import Batches
@@ -102,6 +103,11 @@ def compile_net(train_step: TrainStep, say: Callable[[str], None]) -> None:
         return
     if device.type == "cpu" and not config.force_compile:
         say("--compile: compiling does not pay on CPU; training eager (--force-compile compiles)")
+        return
+    if device.type == "cuda" and not has_triton():
+        if config.force_compile:
+            raise UsageError("--force-compile on CUDA needs Triton: pip install triton")
+        say("--compile needs Triton, which is not installed (pip install triton); training eager")
         return
     say("compiling: the first step takes up to some minutes")
     train_step.forward = torch.compile(train_step.net, fullgraph=True)

@@ -26,9 +26,7 @@ def open_trackers(config: TrainConfig, run_dir: Path) -> list[Track]:
             try:
                 trackers.append(opener(config, run_dir))
             except ImportError:
-                raise UsageError(
-                    f"--{name} needs the {name} package: pip install 'ddpm-fast[logging]'"
-                ) from None
+                raise UsageError(f"--{name} needs the {name} package: pip install {name}") from None
     return trackers
 
 

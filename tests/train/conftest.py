@@ -43,13 +43,13 @@ def start_command(tmp_path):
     """start_command(*argv): python -m ddpm_fast.train in another process, ended with the test."""
     processes = []
 
-    def start(*argv, **options):
+    def start(*argv, num_threads=1, **options):
         process = subprocess.Popen(
             [sys.executable, "-m", "ddpm_fast.train", *map(str, argv)],
             env={
                 **os.environ,
                 "PYTHONPATH": str(Path(ddpm_fast.__path__[0]).parent),
-                "OMP_NUM_THREADS": "1",
+                "OMP_NUM_THREADS": str(num_threads),
             },
             cwd=tmp_path,
             stdout=subprocess.PIPE,

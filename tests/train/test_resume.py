@@ -3,9 +3,15 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
+import torch
+
+from ddpm_fast.train import loop
+from ddpm_fast.train.__main__ import main
+from ddpm_fast.train.run_folder import RunFolder
 
 FLAGS = ("--iterations", 120, "--checkpoint-every", 20, "--log-every", 7, "--sample-every", 0,
          "--dropout", 0.1)  # fmt: skip
@@ -27,23 +33,27 @@ def wait_for(path, process):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory, tiny):
-    """The run that nothing disturbed."""
-    import torch
+def uninterrupted(train_tiny):
+    """The run that nothing disturbed, on two threads."""
+    return train_tiny(*FLAGS, num_threads=2)
 
-    from ddpm_fast.train.__main__ import main
 
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
-    assert main([*tiny, "--run-dir", str(folder), *map(str, FLAGS)]) == 0
-    return folder
+@pytest.fixture
+def two_threads(one_thread):
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="module")
+def whole(train_tiny):
+    """The short run that nothing disturbed."""
+    return train_tiny(*SHORT)
 
 
 def test_killed_with_sigkill_and_resumed_it_is_bitwise_the_uninterrupted_run(
-    tmp_path, tiny, start_command, resume, uninterrupted, weights, rows
+    tmp_path, tiny, start_command, resume, uninterrupted, weights, rows, two_threads
 ):
     run = tmp_path / "run"
-    process = start_command(*tiny, "--run-dir", run, *FLAGS)
+    process = start_command(*tiny, "--run-dir", run, *FLAGS, num_threads=2)
     wait_for(run / "checkpoints" / "step_00000020" / "manifest.json", process)
     process.kill()
     assert process.wait() == -signal.SIGKILL  # and had not finished before
@@ -55,10 +65,10 @@ def test_killed_with_sigkill_and_resumed_it_is_bitwise_the_uninterrupted_run(
 
 
 def test_sigterm_saves_says_how_to_go_on_and_resumes_bitwise(
-    tmp_path, tiny, start_command, resume, uninterrupted, weights, rows
+    tmp_path, tiny, start_command, resume, uninterrupted, weights, rows, two_threads
 ):
     run = tmp_path / "run"
-    process = start_command(*tiny, "--run-dir", run, *FLAGS)
+    process = start_command(*tiny, "--run-dir", run, *FLAGS, num_threads=2)
     wait_for(run / "checkpoints" / "step_00000020" / "manifest.json", process)
     process.terminate()
     out, err = process.communicate(timeout=60)
@@ -92,9 +102,8 @@ def test_a_run_lost_between_checkpoints_repeats_its_steps_exactly(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_after_the_step_it_met(
-    tmp_path, train, resume, before_step, weights, rows, capsys, number
+    tmp_path, whole, train, resume, before_step, weights, rows, capsys, number
 ):
-    assert train(tmp_path / "whole", *SHORT) == 0
     undo = before_step(5, lambda: os.kill(os.getpid(), number))
     handler = signal.getsignal(number)
     assert train(tmp_path / "cut", *SHORT) == 0
@@ -103,13 +112,11 @@ def test_a_signal_stops_after_the_step_it_met(
     name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
     assert f"stopped by {name} after step 6; checkpoint saved" in capsys.readouterr().out
     assert resume(tmp_path / "cut") == 0
-    assert weights(tmp_path / "cut", 12) == weights(tmp_path / "whole", 12)
-    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+    assert weights(tmp_path / "cut", 12) == weights(whole, 12)
+    assert rows(tmp_path / "cut") == rows(whole)
 
 
 def test_a_second_ctrl_c_ends_the_run_at_once_in_one_line(tmp_path, tiny, before_step, refused):
-    from ddpm_fast.train.__main__ import main
-
     def twice():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
@@ -121,52 +128,48 @@ def test_a_second_ctrl_c_ends_the_run_at_once_in_one_line(tmp_path, tiny, before
 
 
 def test_a_run_stopped_before_its_first_step_can_be_resumed(
-    tmp_path, train, resume, weights, monkeypatch
+    tmp_path, whole, train, resume, weights, monkeypatch
 ):
     """The signal comes while the run is set up: the checkpoint is of step 0."""
-    from ddpm_fast.train import loop
-
-    assert train(tmp_path / "whole", *SHORT) == 0
     with monkeypatch.context() as patch:
         patch.setattr(loop, "compile_net", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         assert train(tmp_path / "cut", *SHORT) == 0
     assert (tmp_path / "cut" / "checkpoints" / "step_00000000").is_dir()
     assert resume(tmp_path / "cut") == 0
-    assert weights(tmp_path / "cut", 12) == weights(tmp_path / "whole", 12)
+    assert weights(tmp_path / "cut", 12) == weights(whole, 12)
 
 
 def test_resume_of_a_run_killed_before_its_first_checkpoint_starts_anew(
-    tmp_path, train, train_until_killed, resume, weights, rows, capsys
+    tmp_path, whole, train, train_until_killed, resume, weights, rows, capsys
 ):
-    assert train(tmp_path / "whole", *SHORT) == 0
     train_until_killed(3, tmp_path / "cut", *SHORT)
     assert rows(tmp_path / "cut") and not any((tmp_path / "cut" / "checkpoints").iterdir())
     assert resume(tmp_path / "cut") == 0
     assert "no checkpoint yet: starting from step 0" in capsys.readouterr().out
-    assert weights(tmp_path / "cut", 12) == weights(tmp_path / "whole", 12)
-    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+    assert weights(tmp_path / "cut", 12) == weights(whole, 12)
+    assert rows(tmp_path / "cut") == rows(whole)
 
 
-def test_a_metrics_row_cut_by_the_kill_is_dropped(tmp_path, train, train_until_killed, resume, rows):
-    assert train(tmp_path / "whole", *SHORT) == 0
+def test_a_metrics_row_cut_by_the_kill_is_dropped(
+    tmp_path, whole, train_until_killed, resume, rows
+):
     train_until_killed(10, tmp_path / "cut", *SHORT)
     with open(tmp_path / "cut" / "metrics.jsonl", "a") as file:
         file.write('{"step": 9, "lo')
     assert resume(tmp_path / "cut") == 0
-    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+    assert rows(tmp_path / "cut") == rows(whole)
 
 
 def test_auto_resume_starts_then_continues_then_sums_up(
-    tmp_path, train, train_until_killed, weights, rows, capsys
+    tmp_path, whole, train, train_until_killed, weights, rows, capsys
 ):
-    assert train(tmp_path / "whole", *SHORT) == 0
     capsys.readouterr()
     train_until_killed(6, tmp_path / "cut", *SHORT, "--auto-resume")
     assert "resumed" not in capsys.readouterr().out
     assert train(tmp_path / "cut", *SHORT, "--auto-resume") == 0
     assert "resumed after step 4 from" in capsys.readouterr().out
-    assert weights(tmp_path / "cut", 12) == weights(tmp_path / "whole", 12)
-    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+    assert weights(tmp_path / "cut", 12) == weights(whole, 12)
+    assert rows(tmp_path / "cut") == rows(whole)
     before = weights(tmp_path / "cut", 12)
     assert train(tmp_path / "cut", *SHORT, "--auto-resume") == 0
     assert "finished 12 steps" in capsys.readouterr().out
@@ -176,10 +179,10 @@ def test_auto_resume_starts_then_continues_then_sums_up(
 def test_auto_resume_starts_where_a_start_was_lost_before_its_configuration(
     tmp_path, train, monkeypatch
 ):
-    from ddpm_fast.train.run_folder import RunFolder
-
     with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "write_config", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            RunFolder, "write_config", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         assert train(tmp_path / "run", *SHORT, "--auto-resume") == 1
     assert (tmp_path / "run" / "lock").exists()
     assert train(tmp_path / "run", *SHORT, "--auto-resume") == 0
@@ -213,8 +216,6 @@ def test_resume_with_more_iterations_goes_on_to_the_longer_run(
 
 
 def test_resume_with_fewer_iterations_than_done_is_refused(tmp_path, train, refused, tree):
-    from ddpm_fast.train.__main__ import main
-
     run = tmp_path / "run"
     assert train(run, *SHORT) == 0
     before = tree(run)
@@ -229,8 +230,6 @@ def test_resume_with_fewer_iterations_than_done_is_refused(tmp_path, train, refu
      ("--channel-mults", "1,2,2"), ("--preset", "cifar10"), ("--run-dir", "elsewhere")],
 )  # fmt: skip
 def test_a_flag_that_would_make_it_another_run_is_refused(tiny_run, refused, tree, flag, value):
-    from ddpm_fast.train.__main__ import main
-
     before = tree(tiny_run)
     message = refused(main, ["--resume", tiny_run, flag, value], 2)
     assert message.startswith(f"{flag} was ") and "a resumed run keeps its own" in message
@@ -238,9 +237,8 @@ def test_a_flag_that_would_make_it_another_run_is_refused(tiny_run, refused, tre
 
 
 def test_resume_goes_back_past_a_damaged_checkpoint_and_still_ends_bitwise(
-    tmp_path, train, train_until_killed, resume, weights, capsys
+    tmp_path, whole, train, train_until_killed, resume, weights, capsys
 ):
-    assert train(tmp_path / "whole", *SHORT) == 0
     train_until_killed(10, tmp_path / "cut", *SHORT)
     damaged = tmp_path / "cut" / "checkpoints" / "step_00000008" / "ema.safetensors"
     data = bytearray(damaged.read_bytes())
@@ -250,7 +248,7 @@ def test_resume_goes_back_past_a_damaged_checkpoint_and_still_ends_bitwise(
     out = capsys.readouterr().out
     assert f"skipped a damaged checkpoint: {damaged} was altered" in out
     assert "resumed after step 4" in out
-    assert weights(tmp_path / "cut", 12) == weights(tmp_path / "whole", 12)
+    assert weights(tmp_path / "cut", 12) == weights(whole, 12)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="RLIMIT_FSIZE is POSIX's")
@@ -278,7 +276,7 @@ def test_a_full_disk_ends_the_run_in_one_line_and_spares_the_checkpoint(
 
 
 def test_of_two_trainers_on_one_folder_the_second_is_refused_and_the_first_unharmed(
-    tmp_path, train, start_command, before_step, weights, rows
+    tmp_path, whole, train, start_command, before_step, weights, rows
 ):
     seen = []
 
@@ -286,14 +284,13 @@ def test_of_two_trainers_on_one_folder_the_second_is_refused_and_the_first_unhar
         process = start_command("--resume", tmp_path / "shared")
         seen.append((process.communicate(timeout=60)[1], process.returncode))
 
-    assert train(tmp_path / "alone", *SHORT) == 0
     before_step(6, second)
     assert train(tmp_path / "shared", *SHORT) == 0
     ((err, code),) = seen
     assert code == 1 and len(err.splitlines()) == 1
     assert f"run folder {tmp_path / 'shared'} is in use by another trainer" in err
-    assert weights(tmp_path / "shared", 12) == weights(tmp_path / "alone", 12)
-    assert rows(tmp_path / "shared") == rows(tmp_path / "alone")
+    assert weights(tmp_path / "shared", 12) == weights(whole, 12)
+    assert rows(tmp_path / "shared") == rows(whole)
 
 
 def test_help_is_fast_because_it_does_not_import_torch(tmp_path, start_command):
@@ -302,7 +299,5 @@ def test_help_is_fast_because_it_does_not_import_torch(tmp_path, start_command):
         "try: main(['--help'])\n"
         "except SystemExit as stop: print('exit', stop.code, 'torch' in sys.modules)"
     )
-    import sys
-
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
     assert "--batch-size" in out and out.splitlines()[-1] == "exit 0 False"

@@ -1,0 +1,92 @@
+"""How group_norm_silu's kernels are cut into programs. Plain numbers: no torch, no Triton."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ddpm_fast.kernels.launch import lookup
+
+# Elements of a tile, and warps. Triton 3.6, sm_90: forward 64 elements a thread take at most 128
+# registers; backward spilled with 32 a thread under 16 warps. Speed: not yet measured.
+TILE = {"forward": 16_384, "backward": 4096}
+WARPS = {"forward": 8, "backward": 8}
+SECTOR_BYTES = 32
+# Few images: cut positions into ranges until there are two programs for each of 132 SMs.
+PROGRAMS = 264
+LEAST_RANGE = 64
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Constants of a launch; programs: (channel blocks, N, SPLITS)."""
+
+    CPG: int  # channels a group
+    GROUPS: int  # groups a program
+    BLOCK_C: int  # >= GROUPS * CPG, a power of two
+    BLOCK_G: int  # >= GROUPS, a power of two
+    BLOCK_HW: int
+    RANGE: int  # positions a program
+    SPLITS: int
+    num_warps: int
+    channel_blocks: int
+
+    def constexprs(self) -> dict[str, int]:
+        names = ("CPG", "GROUPS", "RANGE", "SPLITS", "BLOCK_HW", "BLOCK_C")
+        return {name: getattr(self, name) for name in names}
+
+
+def make_plan(
+    direction: str, n: int, c: int, hw: int, num_groups: int, *, itemsize: int, arch: int
+) -> Plan:
+    """The launch of "forward" or "backward" for N images of C channels and HW positions.
+
+    A row of launch_table.json (BLOCK_HW, GROUPS, num_warps) wins over the default.
+    """
+    cpg = c // num_groups
+    row = lookup(f"group_norm_silu.{direction}", f"hw{hw} c{c}", arch)
+    if row is not None:
+        groups, block_hw, warps = row["GROUPS"], row["BLOCK_HW"], row["num_warps"]
+    else:
+        groups, block_hw = _default_tile(TILE[direction], cpg, hw, num_groups, itemsize)
+        warps = WARPS[direction]
+    blocks = -(-num_groups // groups)
+    splits, span = _splits(n * blocks, hw, block_hw)
+    block_hw = min(block_hw, power_of_two(span))
+    tile = block_hw * power_of_two(groups * cpg)
+    return Plan(
+        CPG=cpg,
+        GROUPS=groups,
+        BLOCK_C=power_of_two(groups * cpg),
+        BLOCK_G=power_of_two(groups),
+        BLOCK_HW=block_hw,
+        RANGE=span,
+        SPLITS=splits,
+        num_warps=max(1, min(warps, tile // 512)),
+        channel_blocks=blocks,
+    )
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is at least n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def _default_tile(tile: int, cpg: int, hw: int, num_groups: int, itemsize: int) -> tuple[int, int]:
+    """Groups and positions of a tile: all positions if that leaves whole sectors a row."""
+    rows = power_of_two(hw)
+    groups = tile // rows // power_of_two(cpg)
+    if groups and (groups * cpg * itemsize) % SECTOR_BYTES == 0 or groups >= num_groups:
+        return min(groups, num_groups), rows
+    # Too wide a group, or rows that share sectors: a narrower tile, read again from L2.
+    groups = min(num_groups, power_of_two(64 // cpg + 1) // 2) if cpg <= 64 else 1
+    return groups, max(1, min(rows, tile // power_of_two(groups * cpg)))
+
+
+def _splits(programs: int, hw: int, block_hw: int) -> tuple[int, int]:
+    """Number of ranges and positions a range."""
+    wanted = min(-(-PROGRAMS // max(programs, 1)), hw // LEAST_RANGE)
+    if programs >= PROGRAMS // 2 or wanted < 2:
+        return 1, hw
+    span = -(-hw // wanted)
+    span = -(-span // 8) * 8  # an octet of positions shares a dropout counter
+    return -(-hw // span), span

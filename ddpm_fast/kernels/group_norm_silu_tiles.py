@@ -1,0 +1,142 @@
+"""Tiles of group_norm_silu's Triton kernels: loads, dropout's decisions, sums over groups.
+
+A tile is (BLOCK_HW, BLOCK_C): positions by channels of whole groups. Imports triton and no torch.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def to_groups(per_channel, in_group):
+    """(BLOCK_C,) -> sums over each group's channels (GROUPS,); in_group: (BLOCK_C, GROUPS)."""
+    return tl.sum(tl.where(in_group, per_channel[:, None], 0.0), axis=0)
+
+
+@triton.jit
+def to_channels(per_group, in_group):
+    """(GROUPS,) -> each channel's own group's value (BLOCK_C,)."""
+    return tl.sum(tl.where(in_group, per_group[None, :], 0.0), axis=1)
+
+
+@triton.jit
+def offsets(offs_hw, offs_c, C: tl.constexpr, HW: tl.constexpr, NHWC: tl.constexpr):
+    """Index of (position, channel) inside one image of C channels: (BLOCK_HW, BLOCK_C)."""
+    if NHWC:
+        return offs_hw[:, None] * C + offs_c[None, :]
+    else:
+        return offs_c[None, :] * HW + offs_hw[:, None]
+
+
+@triton.jit
+def load_input(
+    x_ptr, concat_ptr, residual_ptr, bias_c, n, offs_hw, offs_c, mask,
+    C1: tl.constexpr, C2: tl.constexpr, HW: tl.constexpr, NHWC: tl.constexpr,
+    HAS_CONCAT: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """cat([x + residual, concat]) + add, fp32; and x + residual as it is stored (dtype of x)."""
+    start = n.to(tl.int64) * HW
+    at = start * C1 + offsets(offs_hw, offs_c, C1, HW, NHWC)
+    mask_x = mask
+    if HAS_CONCAT:
+        mask_x = mask & (offs_c < C1)[None, :]
+    x = tl.load(x_ptr + at, mask=mask_x, other=0.0)
+    if HAS_RESIDUAL:
+        added = tl.load(residual_ptr + at, mask=mask_x, other=0.0)
+        x = (x.to(tl.float32) + added.to(tl.float32)).to(x.dtype)
+    value = x.to(tl.float32)
+    if HAS_CONCAT:
+        at_2 = start * C2 + offsets(offs_hw, offs_c - C1, C2, HW, NHWC)
+        mask_2 = mask & (offs_c >= C1)[None, :]
+        value += tl.load(concat_ptr + at_2, mask=mask_2, other=0.0).to(tl.float32)
+    return value + bias_c[None, :], x
+
+
+@triton.jit
+def keep_mask(
+    rng_ptr, stream, n, hw_start, c_start, threshold,
+    C: tl.constexpr, C_STEP: tl.constexpr, BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Dropout's decisions: lane e % 8 of Philox counter (e // 8, stream, sample, step).
+
+    e = hw * C + c; C_STEP: channels from one program's first to the next one's.
+    """
+    seed = tl.load(rng_ptr)
+    step = tl.load(rng_ptr + 1).to(tl.uint32)
+    sample = (tl.load(rng_ptr + 2) + n).to(tl.uint32)
+    offs_hw = hw_start + tl.arange(0, BLOCK_HW)
+    offs_c = c_start + tl.arange(0, BLOCK_C)
+    if C % 8 == 0 and BLOCK_C % 8 == 0 and C_STEP % 8 == 0:
+        # eight neighbouring channels share a counter: draw once, lay the lanes side by side
+        octets = c_start // 8 + tl.arange(0, BLOCK_C // 8)
+        counter = (offs_hw[:, None] * (C // 8) + octets[None, :]).to(tl.uint32)
+        w0, w1, w2, w3 = philox_words(seed, counter, stream, sample, step)
+        words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [.., i, j]: word 2 i + j
+        lanes = tl.join(words & 0xFFFF, words >> 16)  # [.., i, j, k]: lane 4 i + 2 j + k
+        return tl.reshape(lanes, (BLOCK_HW, BLOCK_C)).to(tl.int32) >= threshold
+    else:
+        element = offs_hw[:, None] * C + offs_c[None, :]
+        w0, w1, w2, w3 = philox_words(seed, (element // 8).to(tl.uint32), stream, sample, step)
+        lane = element % 8
+        word = tl.where(lane < 4, tl.where(lane < 2, w0, w1), tl.where(lane < 6, w2, w3))
+        half = tl.where(lane % 2 == 0, word & 0xFFFF, word >> 16)
+        return half.to(tl.int32) >= threshold
+
+
+@triton.jit
+def philox_words(seed, counter, stream, sample, step):
+    zero = counter * 0
+    return tl.philox(seed, counter, zero + stream, zero + sample, zero + step)
+
+
+@triton.jit
+def range_stats(
+    x_ptr, concat_ptr, residual_ptr, bias_c, n, c_start, mask_c, in_group, hw_begin,
+    C1: tl.constexpr, C2: tl.constexpr, HW: tl.constexpr, CPG: tl.constexpr,
+    RANGE: tl.constexpr, BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr, NHWC: tl.constexpr,
+    HAS_CONCAT: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """Count, mean and sum of squared distances of each group over a range of positions.
+
+    Tiles are joined by Chan et al. 1979, so the variance is centred and never cancels.
+    """
+    offs_c = c_start + tl.arange(0, BLOCK_C)
+    hw_end = tl.minimum(hw_begin + RANGE, HW)
+    count = 0.0
+    mean = to_groups(bias_c * 0.0, in_group)
+    m2 = mean
+    for start in range(hw_begin, hw_end, BLOCK_HW):
+        offs_hw = start + tl.arange(0, BLOCK_HW)
+        mask = (offs_hw < hw_end)[:, None] & mask_c[None, :]
+        value, _ = load_input(
+            x_ptr, concat_ptr, residual_ptr, bias_c, n, offs_hw, offs_c, mask,
+            C1, C2, HW, NHWC, HAS_CONCAT, HAS_RESIDUAL,
+        )  # fmt: skip
+        here = (tl.minimum(hw_end, start + BLOCK_HW) - start) * CPG * 1.0
+        mean_here = to_groups(tl.sum(tl.where(mask, value, 0.0), axis=0), in_group) / here
+        centred = tl.where(mask, value - to_channels(mean_here, in_group)[None, :], 0.0)
+        m2_here = to_groups(tl.sum(centred * centred, axis=0), in_group)
+        delta = mean_here - mean
+        total = count + here
+        mean += delta * (here / total)
+        m2 += m2_here + delta * delta * (count * here / total)
+        count = total
+    return count, mean, m2
+
+
+@triton.jit
+def affine(
+    weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, offs_c, mask_c,
+    C: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr,
+):  # fmt: skip
+    """a, b of u = a x_hat + b: weight (1 + scale), bias (1 + scale) + shift."""
+    a = tl.load(weight_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+    b = tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+    at_c = n.to(tl.int64) * C + offs_c
+    if HAS_SCALE:
+        factor = 1.0 + tl.load(scale_ptr + at_c, mask=mask_c, other=0.0).to(tl.float32)
+        a *= factor
+        b *= factor
+    if HAS_SHIFT:
+        b += tl.load(shift_ptr + at_c, mask=mask_c, other=0.0).to(tl.float32)
+    return a, b

@@ -1,0 +1,19 @@
+"""Which implementation an op runs: `impl`, and DDPM_FAST_IMPL as the default of "auto"."""
+
+from __future__ import annotations
+
+import os
+
+IMPLS = ("auto", "fused", "reference")
+
+
+def chosen_impl(impl: str) -> str:
+    """`impl`, or DDPM_FAST_IMPL in place of "auto"; ValueError for any other word."""
+    if impl not in IMPLS:
+        raise ValueError(f"impl={impl!r} must be one of {', '.join(IMPLS)}")
+    if impl != "auto":
+        return impl
+    default = os.environ.get("DDPM_FAST_IMPL", "auto")
+    if default not in IMPLS:
+        raise ValueError(f"DDPM_FAST_IMPL={default!r} must be one of {', '.join(IMPLS)}")
+    return default

@@ -1,0 +1,362 @@
+"""The kernels, in Triton's interpreter on a machine without a GPU, against fp64 references."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from ddpm_fast import ops
+from ddpm_fast.kernels import group_norm_silu as kernel
+from ddpm_fast.kernels import group_norm_silu_launch as launch
+from ddpm_fast.kernels.group_norm_silu_plan import make_plan
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SPEC = kernel.SPEC
+SMALL = [case for case in SPEC.cases if case.small]
+# Large enough for the statistics to be cut up, for a concat seam inside a group, and odd.
+EVERYTHING = dict(
+    n=2, c1=20, c2=4, hw=49, groups=2, scale=True, shift=True, add=True, residual=True, dropout=0.3
+)
+
+
+def doubled(inputs):
+    """The same inputs as fp64 leaves."""
+    return {
+        name: v.detach().double().requires_grad_() if is_leaf(v) else v
+        for name, v in inputs.items()
+    }
+
+
+def is_leaf(value):
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def results(function, inputs, seed=0):
+    """Outputs and gradients, by name, for random output gradients."""
+    outputs = function(**inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    loss = 0
+    for y in outputs:
+        dy = torch.randn(y.shape, generator=generator, device=DEVICE).to(inputs["x"].dtype)
+        loss = loss + (y.double() * dy.double()).sum()
+    loss.backward()
+    found = dict(zip(("y", "sum"), outputs, strict=False))
+    found |= {f"d{name}": v.grad for name, v in inputs.items() if is_leaf(v)}
+    return {name: value.detach() for name, value in found.items()}
+
+
+def distances(inputs):
+    """Relative L2 distance of each output and gradient of our kernel to the fp64 reference."""
+    expected = results(SPEC.reference, doubled(inputs))
+    found = results(SPEC.fused, inputs)
+    assert found.keys() == expected.keys()
+    return {
+        name: ((found[name].double() - e).norm() / e.norm().clamp_min(1e-30)).item()
+        for name, e in expected.items()
+    }
+
+
+def check(values, dtype, seed=0, tolerance=None):
+    inputs = SPEC.make_inputs(values, dtype, DEVICE, seed)
+    far = distances(inputs)
+    tolerance = tolerance or SPEC.tolerance[dtype]
+    assert max(far.values()) < tolerance, far
+
+
+@pytest.mark.parametrize("dtype", SPEC.tolerance, ids=str)
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+def test_kernel_is_the_reference_forward_and_backward(case, dtype):
+    check(case.values, dtype)
+
+
+@pytest.mark.parametrize("dtype", SPEC.tolerance, ids=str)
+def test_all_flags_together(dtype):
+    check(EVERYTHING, dtype)
+
+
+@pytest.mark.parametrize("activation", ["silu", None])
+@pytest.mark.parametrize("flag", [None, "scale", "shift", "add", "residual"])
+def test_each_flag_alone(flag, activation):
+    values = dict(n=2, c1=12, hw=16, groups=3, activation=activation)
+    check(values if flag is None else {**values, flag: True}, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        dict(n=1, c1=8, hw=4096, groups=2),
+        dict(n=2, c1=384, hw=16, groups=32),  # 12 channels a group
+        dict(n=1, c1=256, c2=128, hw=16, groups=32),  # the CIFAR-10 net's seam inside a group
+        dict(n=150, c1=12, hw=1, groups=2, add=True),
+        dict(n=1, c1=6, hw=1024, groups=2, dropout=0.5),  # split, and octets across channels
+        dict(n=2, c1=16, hw=64, groups=1),  # layer norm
+        dict(n=2, c1=16, hw=64, groups=16),  # instance norm
+    ],
+    ids=str,
+)
+def test_odd_and_extreme_shapes(values):
+    check(values, torch.float32)
+
+
+@settings(
+    max_examples=8, deadline=None, derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)  # fmt: skip
+@given(
+    n=st.integers(1, 3),
+    groups=st.sampled_from([1, 2, 3, 8]),
+    per_group=st.integers(1, 7),
+    seam=st.integers(0, 3),
+    side=st.integers(1, 9),
+    flags=st.sets(st.sampled_from(["scale", "shift", "add", "residual"])),
+    dropout=st.sampled_from([0.0, 0.25]),
+)
+def test_any_shape_and_any_flags(n, groups, per_group, seam, side, flags, dropout):
+    assume(per_group * side * side >= 6)  # two values are always 1 and -1: nothing to compare
+    channels = groups * per_group
+    c2 = min(seam, channels - 1)
+    values = dict(n=n, c1=channels - c2, c2=c2, hw=side * side, groups=groups, dropout=dropout)
+    check({**values, **dict.fromkeys(flags, True)}, torch.float32, tolerance=3e-5)  # 1x1 groups
+
+
+def test_contiguous_and_strided_inputs_give_the_channels_last_values():
+    values = dict(n=2, c1=12, c2=4, hw=25, groups=4, residual=True, add=True, dropout=0.2)
+    inputs = SPEC.make_inputs(values, torch.float32, DEVICE, 0)
+    expected = results(SPEC.fused, inputs)
+
+    def wide(x):  # every other channel of a tensor twice as wide
+        return torch.stack((x, x + 1), dim=2).flatten(1, 2)[:, ::2]
+
+    for change in (torch.Tensor.contiguous, wide):
+        changed = {
+            k: change(v.detach()).requires_grad_() if is_leaf(v) and v.ndim == 4 else v
+            for k, v in SPEC.make_inputs(values, torch.float32, DEVICE, 0).items()
+        }
+        found = results(SPEC.fused, changed)
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-6)
+
+
+def test_output_keeps_the_layout():
+    inputs = SPEC.make_inputs(dict(n=2, c1=8, hw=16, groups=2), torch.float32, DEVICE, 0)
+    assert SPEC.fused(**inputs).is_contiguous(memory_format=torch.channels_last)
+    inputs["x"] = inputs["x"].detach().contiguous()
+    assert SPEC.fused(**inputs).is_contiguous()
+
+
+def test_expanded_gradients_are_handled():
+    inputs = SPEC.make_inputs(dict(n=2, c1=8, hw=16, groups=2), torch.float32, DEVICE, 0)
+    SPEC.fused(**inputs).sum().backward()  # dy has stride 0 everywhere
+    exact = doubled(inputs)
+    SPEC.reference(**exact).sum().backward()
+    torch.testing.assert_close(
+        inputs["bias"].grad.double(), exact["bias"].grad, rtol=1e-5, atol=1e-5
+    )
+    torch.testing.assert_close(inputs["x"].grad.double(), exact["x"].grad, rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_of_the_sum_alone_passes_through():
+    values = dict(n=2, c1=8, hw=16, groups=2, residual=True)
+    inputs = SPEC.make_inputs(values, torch.float32, DEVICE, 0)
+    _, total = SPEC.fused(**inputs)
+    total.sum().backward()
+    assert torch.equal(inputs["x"].grad, torch.ones_like(total))
+    assert torch.equal(inputs["residual"].grad, torch.ones_like(total))
+
+
+PAD = 64
+
+
+def padded(tensor, poison):
+    """A tensor of the same shape and layout inside a larger buffer full of `poison`."""
+    flat = torch.full((tensor.numel() + 2 * PAD,), poison, dtype=tensor.dtype, device=tensor.device)
+    return flat, flat.as_strided(tensor.shape, tensor.stride(), PAD)
+
+
+@pytest.mark.parametrize("values", [EVERYTHING, {**EVERYTHING, "n": 1, "hw": 1024}], ids=str)
+def test_kernels_write_every_element_and_nothing_else(values, monkeypatch):
+    buffers = []
+
+    def poisoned(outputs_of):
+        def outputs(*arguments):
+            made = []
+            for tensor in outputs_of(*arguments):
+                flat, view = padded(tensor, float("nan"))
+                buffers.append((flat, view))
+                made.append(view)
+            return tuple(made)
+
+        return outputs
+
+    for name in ("forward_outputs", "backward_outputs"):
+        monkeypatch.setattr(launch, name, poisoned(getattr(launch, name)))
+    inputs = SPEC.make_inputs(values, torch.float32, DEVICE, 0)
+    results(SPEC.fused, inputs)
+    assert len(buffers) == 8
+    for flat, view in buffers:
+        assert view.isfinite().all()
+        assert flat[:PAD].isnan().all() and flat[PAD + view.numel() :].isnan().all()
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter's order of programs")
+@pytest.mark.parametrize("values", [EVERYTHING, dict(n=1, c1=16, hw=1024, groups=4)], ids=str)
+def test_order_of_programs_does_not_matter(values, monkeypatch):
+    from triton.runtime import interpreter
+
+    inputs = SPEC.make_inputs(values, torch.float32, DEVICE, 0)
+    expected = results(SPEC.fused, inputs)
+    builder, visited = interpreter.interpreter_builder, []
+
+    def reversed_index(x, y, z):
+        sizes = builder.grid_dim
+        visited.append((x, y, z))
+        type(builder).set_grid_idx(
+            builder, *(s - 1 - i for s, i in zip(sizes, (x, y, z), strict=True))
+        )
+
+    monkeypatch.setattr(builder, "set_grid_idx", reversed_index)
+    found = results(SPEC.fused, SPEC.make_inputs(values, torch.float32, DEVICE, 0))
+    assert len(visited) >= 4
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+def test_dropout_drops_what_the_dropout_op_drops():
+    x = torch.full((2, 16, 4, 4), 2.0, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.zeros(16, device=DEVICE), torch.full((16,), 3.0, device=DEVICE)
+    rng = torch.tensor([9, 4, 2], device=DEVICE)
+    y = ops.group_norm_silu(
+        x, weight, bias, 4, activation=None, dropout=0.4, rng=rng, stream=21, impl="fused"
+    )
+    expected = ops.dropout(torch.full_like(x, 3.0), 0.4, rng, 21)
+    assert torch.equal(y, expected)
+    assert 0.2 < (y == 0).float().mean() < 0.6
+
+
+def test_few_images_are_split_and_many_are_not():
+    def splits(n):
+        return make_plan("forward", n, 128, 1024, 32, itemsize=2, arch=90).SPLITS
+
+    assert splits(1) > 8 and splits(4) > 1 and splits(256) == 1
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_every_plan_covers_every_channel_and_position_once(direction):
+    for n in (1, 3, 256):
+        for channels, groups in ((1, 1), (6, 2), (48, 4), (128, 32), (384, 32), (512, 32), (96, 1)):
+            for hw in (1, 16, 49, 64, 1000, 1024, 4096):
+                plan = make_plan(direction, n, channels, hw, groups, itemsize=2, arch=90)
+                assert plan.CPG * groups == channels
+                assert plan.BLOCK_C >= plan.GROUPS * plan.CPG and plan.BLOCK_G >= plan.GROUPS
+                assert (plan.channel_blocks - 1) * plan.GROUPS < groups
+                assert plan.channel_blocks * plan.GROUPS >= groups
+                assert (plan.SPLITS - 1) * plan.RANGE < hw <= plan.SPLITS * plan.RANGE
+                for size in (plan.BLOCK_C, plan.BLOCK_G, plan.BLOCK_HW, plan.num_warps):
+                    assert size & (size - 1) == 0
+                assert plan.BLOCK_C * plan.BLOCK_HW <= 32_768  # fits in registers
+
+
+class TestIntegration:
+    VALUES = dict(n=2, c1=8, c2=4, hw=16, groups=3, add=True, residual=True, dropout=0.25)
+
+    def inputs(self, **changes):
+        return SPEC.make_inputs({**self.VALUES, **changes}, torch.float32, DEVICE, 0)
+
+    def test_compiles_to_one_graph_with_the_eager_values(self):
+        compiled = torch.compile(
+            lambda **inputs: kernel.group_norm_silu(**inputs, impl="fused"),
+            backend="aot_eager", fullgraph=True,
+        )  # fmt: skip
+        expected, found = results(SPEC.fused, self.inputs()), results(compiled, self.inputs())
+        for name, value in expected.items():
+            assert torch.equal(found[name], value), name
+
+    @pytest.mark.parametrize("channels_last", [True, False])
+    def test_passes_opcheck(self, channels_last):
+        x, weight, bias, add, residual, concat = (
+            self.inputs()[name] for name in ("x", "weight", "bias", "add", "residual", "concat")
+        )
+        if not channels_last:
+            x, residual, concat = (
+                t.detach().contiguous().requires_grad_() for t in (x, residual, concat)
+            )
+        rng = torch.tensor([1, 2, 3], device=DEVICE)
+        torch.library.opcheck(
+            torch.ops.ddpm_fast.group_norm_silu.default,
+            (x, weight, bias, None, None, add, residual, concat, rng, 3, 1e-5, True, 20_000, 17),
+        )
+
+    def test_double_backward_is_refused(self):
+        inputs = self.inputs()
+        y, _ = SPEC.fused(**inputs)
+        with pytest.raises(RuntimeError, match="no double backward.*impl='reference'"):
+            torch.autograd.grad(y.sum(), inputs["x"], create_graph=True)
+
+    def test_autocast_casts_images_and_keeps_parameters(self):
+        inputs = self.inputs()
+        with torch.autocast(DEVICE, torch.bfloat16):
+            y, total = SPEC.fused(**inputs)
+            reference, _ = kernel.group_norm_silu(**inputs, impl="reference")
+        assert y.dtype == total.dtype == reference.dtype == torch.bfloat16
+        y.float().square().sum().backward()
+        assert inputs["weight"].grad.dtype == inputs["x"].grad.dtype == torch.float32
+        torch.testing.assert_close(y.float(), reference.float(), rtol=0.02, atol=0.02)  # bf16
+
+    def test_empty_batch_is_empty(self):
+        inputs = self.inputs(n=0)
+        y, total = SPEC.fused(**inputs)
+        (y.sum() + total.sum()).backward()
+        assert y.shape == (0, 12, 4, 4) and total.shape == (0, 8, 4, 4)
+        assert inputs["weight"].grad.abs().max() == 0
+
+    def test_auto_on_cpu_is_the_reference(self, monkeypatch):
+        if DEVICE == "cuda":
+            pytest.skip("there auto is the kernel")
+        monkeypatch.setattr(kernel, "launch_forward", None)  # would fail if called
+        y, _ = kernel.group_norm_silu(**self.inputs())
+        assert y.isfinite().all()
+
+    def test_fused_without_the_interpreter_says_what_to_do(self, monkeypatch):
+        if DEVICE == "cuda":
+            pytest.skip("there it runs")
+        monkeypatch.delenv("TRITON_INTERPRET")
+        with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1.*impl='reference'"):
+            SPEC.fused(**self.inputs())
+
+
+def bad(**changes):
+    x = torch.randn(2, 8, 4, 4)
+    return {"x": x, "weight": torch.ones(8), "bias": torch.zeros(8), "num_groups": 4, **changes}
+
+
+@pytest.mark.parametrize("impl", ["fused", "reference", "auto"])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (bad(x=torch.randn(2, 8, 4)), r"x has shape \(2, 8, 4\), must be \(N, C, H, W\)"),
+        (bad(num_groups=3), "num_groups=3 must divide channels=8"),
+        (bad(num_groups=0), "num_groups=0 must divide"),
+        (bad(weight=torch.ones(6)), r"shapes \(6,\) and \(8,\), must both be \(C,\)"),
+        (bad(weight=torch.ones(4), bias=torch.ones(4)), "weight has 4 channels.*concat's: 8"),
+        (bad(activation="relu"), "activation='relu' must be 'silu' or None"),
+        (bad(dropout=1.0), r"dropout=1.0 must be in \[0, 1\)"),
+        (bad(dropout=0.5), r"rng is None, dropout needs int64 \(3,\)"),
+        (bad(add=torch.ones(2, 7)), r"add has shape \(2, 7\), must be \(2, 8\)"),
+        (bad(scale=torch.ones(8)), r"scale has shape \(8,\), must be \(2, 8\)"),
+        (bad(residual=torch.ones(2, 8, 4, 5)), r"residual has shape .*, must be \(2, 8, 4, 4\)"),
+        (bad(residual=torch.ones(2, 8, 4, 4).half()), "residual is torch.float16, must be of x's"),
+        (bad(concat=torch.ones(2, 8, 5, 4)), r"concat has shape \(2, 8, 5, 4\)"),
+        (bad(weight=torch.ones(8, device="meta")), "weight is on meta, must be on x's device cpu"),
+        (bad(add=torch.ones(2, 8, device="meta")), "add is on meta, must be on x's device cpu"),
+    ],
+)
+def test_bad_input_names_the_value_and_the_rule(arguments, message, impl):
+    with pytest.raises(ValueError, match=message):
+        kernel.group_norm_silu(**arguments, impl=impl)
+
+
+def test_unknown_impl_is_refused():
+    with pytest.raises(ValueError, match="impl='fast' must be one of auto, fused, reference"):
+        kernel.group_norm_silu(**bad(), impl="fast")

@@ -1,0 +1,409 @@
+"""python -m ddpm_fast.sample: its files, where it goes on, and what it refuses."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ddpm_fast import UNet, images
+from ddpm_fast.diffusion.sampler import sample_images
+from ddpm_fast.loading import load_trained
+from ddpm_fast.nn import config as nn_config
+from ddpm_fast.sample import main
+from ddpm_fast.sampling import command
+from ddpm_fast.sampling import folder as folder_module
+from ddpm_fast.sampling.options import SampleOptions, parse_options
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def draw(tmp_path, tiny_run):
+    """draw(*flags, checkpoint=, out=) -> the folder; by default 6 images, 4 at a time, 3 steps."""
+
+    def run(*flags, checkpoint=tiny_run, out=tmp_path / "out"):
+        given = ("--num-images", 6, "--batch-size", 4, "--steps", 3)
+        argv = ("--checkpoint", checkpoint, "--out", out, *given, *flags)
+        assert main([str(word) for word in argv]) == 0
+        return out
+
+    return run
+
+
+def numbered(folder):
+    """file name -> bytes, of the images alone."""
+    return {p.name: p.read_bytes() for p in sorted(folder.glob("[0-9]*.png"))}
+
+
+def pixels(path):
+    with Image.open(path) as picture:
+        return np.asarray(picture)
+
+
+def test_images_are_numbered_and_are_what_sample_images_draws(draw, tiny_run):
+    folder = draw("--seed", 9)
+    assert sorted(numbered(folder)) == [f"{i:08d}.png" for i in range(6)]
+    trained = load_trained(tiny_run)
+    expected = images.to_uint8(
+        sample_images(trained.net, trained.proc, 6, steps=3, seed=9, batch_size=4)
+    )
+    for i in range(6):
+        np.testing.assert_array_equal(pixels(folder / f"{i:08d}.png"), expected[i, :, :, 0])
+
+
+def test_the_averaged_weights_are_the_default(draw, tmp_path):
+    averaged, trained = draw(), draw("--no-ema", out=tmp_path / "trained")
+    assert numbered(averaged) != numbered(trained)
+    assert json.loads((averaged / "samples.json").read_text())["ema"] is True
+
+
+def test_it_goes_on_where_it_was_stopped(draw, monkeypatch):
+    folder = draw()
+    whole = numbered(folder)
+    assert len(set(whole.values())) == 6  # unlike images: a mix-up would show
+    for number in (1, 4, 5):
+        (folder / f"{number:08d}.png").unlink()
+    kept = {name: (folder / name).stat().st_mtime_ns for name in numbered(folder)}
+    draw()
+    assert numbered(folder) == whole
+    for name, written in kept.items():  # those that were there were not written again
+        assert (folder / name).stat().st_mtime_ns == written
+
+
+def test_batches_that_are_there_are_not_drawn_again(draw, monkeypatch):
+    folder = draw()
+    (folder / "00000005.png").unlink()
+    drawn = []
+    original = command._sample
+
+    def watched(options, trained, numbers):
+        drawn.append(numbers)
+        return original(options, trained, numbers)
+
+    monkeypatch.setattr(command, "_sample", watched)
+    draw()
+    assert drawn == [range(4, 6)]
+    draw()
+    assert drawn == [range(4, 6)]
+
+
+def test_killed_between_two_images_it_goes_on(draw, monkeypatch, tmp_path):
+    whole = numbered(draw(out=tmp_path / "whole"))
+    original = folder_module.save_png
+
+    class Killed(BaseException):
+        pass
+
+    def die_at_3(path, image):
+        if path.name == "00000003.png":
+            raise Killed
+        original(path, image)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder_module, "save_png", die_at_3)
+        with pytest.raises(Killed):
+            draw()
+    assert len(numbered(tmp_path / "out")) == 3
+    assert numbered(draw()) == whole
+
+
+def test_more_images_may_be_asked_for_later(draw, tmp_path):
+    draw("--num-images", 5)
+    folder = draw("--num-images", 8)
+    assert numbered(folder) == numbered(draw("--num-images", 8, out=tmp_path / "at_once"))
+
+
+def test_another_batch_size_changes_no_pixel_by_more_than_one(draw, tmp_path):
+    """1e-4 of [-1, 1] is 0.013 of a grey level: it can tip a rounding, no more."""
+    a, b = draw(), draw("--batch-size", 3, out=tmp_path / "other")
+    for name in numbered(a):
+        difference = pixels(a / name).astype(int) - pixels(b / name)
+        assert abs(difference).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "flags", [("--seed", 1), ("--steps", 2), ("--sampler", "ddpm"), ("--eta", 0.5), ("--no-ema",),
+              ("--spacing", "trailing"), ("--no-clip",)]
+)  # fmt: skip
+def test_a_folder_of_other_settings_is_refused_and_kept(draw, refused, tree, tiny_run, flags):
+    folder = draw()
+    before = tree(folder)
+    argv = ["--checkpoint", tiny_run, "--out", folder, "--num-images", 8, "--steps", 3, *flags]
+    message = refused(main, argv, 2)
+    name = flags[0].removeprefix("--").removeprefix("no-")
+    assert f"{folder} holds images with {name} = " in message
+    assert message.endswith("give another --out")
+    assert tree(folder) == before
+
+
+def test_a_folder_of_another_nets_images_is_refused(draw, refused, tiny_class_run):
+    folder = draw()
+    argv = ["--checkpoint", tiny_class_run, "--out", folder, "--steps", 3]
+    assert "holds images with weights = " in refused(main, argv, 2)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]"])
+def test_a_damaged_record_is_refused(draw, refused, tiny_run, text):
+    folder = draw()
+    (folder / "samples.json").write_text(text)
+    argv = ["--checkpoint", tiny_run, "--out", folder, "--steps", 3]
+    assert "samples.json is damaged: give another --out" in refused(main, argv, 2)
+
+
+def test_a_folder_of_your_own_pictures_is_refused(tmp_path, refused, tiny_run, tree):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "holiday.png").write_bytes(b"mine")
+    before = tree(tmp_path / "mine")
+    argv = ["--checkpoint", tiny_run, "--out", tmp_path / "mine", "--steps", 3]
+    assert "holds other images" in refused(main, argv, 2)
+    assert tree(tmp_path / "mine") == before
+
+
+def test_the_grid_shows_the_images_in_order(draw):
+    folder = draw()
+    page = pixels(folder / "grid.png")
+    assert page.shape == (2 + 2 * 66, 2 + 3 * 66)  # 2 rows of 3, 16 pixels four times as large
+    cell = page[2 + 66 : 66 + 66, 2 + 66 : 66 + 66]
+    np.testing.assert_array_equal(cell[::4, ::4], pixels(folder / "00000004.png"))
+
+
+def test_the_grid_can_be_left_out(draw):
+    assert not (draw("--no-grid") / "grid.png").exists()
+
+
+def test_the_npz_holds_all_images_as_uint8_nhwc(draw):
+    folder = draw("--npz")
+    with np.load(folder / "samples.npz", allow_pickle=False) as stored:
+        assert stored.files == ["arr_0"]
+        array = stored["arr_0"]
+    assert array.shape == (6, 16, 16, 1) and array.dtype == np.uint8
+    for i in range(6):
+        np.testing.assert_array_equal(array[i, :, :, 0], pixels(folder / f"{i:08d}.png"))
+
+
+def test_the_gif_goes_from_noise_to_the_images(draw):
+    """Its colours are quantised: the last frame is the page of images to a few grey levels."""
+    folder = draw("--gif", "--num-images", 4)
+    with Image.open(folder / "denoising.gif") as picture:
+        assert picture.is_animated and picture.n_frames == 3
+        picture.seek(2)
+        last = np.asarray(picture.convert("L")).astype(int)
+        picture.seek(0)
+        first = np.asarray(picture.convert("L")).astype(int)
+    page = pixels(folder / "grid.png").astype(int)
+    assert abs(last - page).max() <= 4
+    assert abs(first - page).mean() > 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "frames"), [(("--sampler", "ddpm"), 5), ((), 5), (("--steps", 4), 4)]
+)
+def test_the_gifs_last_frame_is_the_last_step(tiny_run, tmp_path, flags, frames):
+    """Without --steps too, where the net has fewer timesteps than the default."""
+    argv = ["--checkpoint", str(tiny_run), "--num-images", "4", *map(str, flags)]
+    options, trained = parse_options(argv), load_trained(tiny_run)
+    pages = command._denoising(options, trained)
+    assert len(pages) == frames
+    expected = images.to_uint8(command._sample(options, trained, range(4)))
+    np.testing.assert_array_equal(pages[-1], images.grid(expected, scale=4))
+
+
+@pytest.mark.parametrize("steps", [39, 40, 41, 79, 80, 1000])
+def test_the_gif_has_20_to_40_frames_for_any_number_of_steps(monkeypatch, tiny_run, steps):
+    def pretend(options, trained, numbers, keep):
+        x = torch.zeros(4, 1, 16, 16)
+        for t in range(steps):
+            keep(steps - t, x + t, x)
+
+    monkeypatch.setattr(command, "_sample", pretend)
+    monkeypatch.setattr(command, "grid", lambda page, scale: page)
+    trained = load_trained(tiny_run)
+    pages = command._denoising(SampleOptions(checkpoint="x", steps=steps, num_images=4), trained)
+    assert 20 <= len(pages) <= 40
+
+
+def test_classes_are_drawn_in_turn(draw, tiny_class_run, tmp_path):
+    trained = load_trained(tiny_class_run)
+
+    def expected(y):
+        y = torch.tensor(y)
+        drawn = sample_images(trained.net, trained.proc, 6, steps=3, batch_size=4, y=y)
+        return images.to_uint8(drawn)[..., 0]
+
+    chosen = draw("--classes", "3,7", checkpoint=tiny_class_run)
+    every = draw(checkpoint=tiny_class_run, out=tmp_path / "every")
+    for folder, y in ((chosen, [3, 7, 3, 7, 3, 7]), (every, [0, 1, 2, 3, 4, 5])):
+        drawn = np.stack([pixels(folder / f"{i:08d}.png") for i in range(6)])
+        np.testing.assert_array_equal(drawn, expected(y))
+    assert numbered(chosen) != numbered(every)
+
+
+def test_dropout_is_off(tiny_dropout_run, draw):
+    """The images are those of the same weights in a net without dropout."""
+    trained = load_trained(tiny_dropout_run)
+    values = trained.net.config.to_json()
+    assert values["dropout"] == 0.5 and not trained.net.training
+    twin = UNet.from_config(nn_config.UNetConfig.from_json({**values, "dropout": 0.0}))
+    twin.load_state_dict(trained.net.state_dict())
+    twin = twin.eval().to(memory_format=torch.channels_last)
+
+    def drawn_by(net):  # as a callable: sample_images leaves its mode alone
+        call = lambda x, t: net(x, t)  # noqa: E731
+        shape = {"image_size": 16, "channels": 1}
+        return images.to_uint8(sample_images(call, trained.proc, 6, steps=3, batch_size=4, **shape))
+
+    expected = drawn_by(twin)
+    folder = draw(checkpoint=tiny_dropout_run)
+    for i in range(6):
+        np.testing.assert_array_equal(pixels(folder / f"{i:08d}.png"), expected[i, :, :, 0])
+    trained.net.train()
+    assert not np.array_equal(drawn_by(trained.net), expected)  # it would have shown
+
+
+@pytest.fixture
+def golden_preset(monkeypatch):
+    """The golden .pth files' small net as a preset."""
+    given = json.loads((GOLDEN / "seed_uncond.json").read_text())
+    known = nn_config.UNetConfig.__dataclass_fields__
+    row = {k: v for k, v in given.items() if k in known and k != "num_classes"}
+    monkeypatch.setitem(nn_config.PRESETS, "golden", row)
+
+
+@pytest.mark.parametrize(("name", "classes"), [("seed_uncond", None), ("seed_classes", 10)])
+def test_the_originals_pth_is_sampled_by_its_own_schedule(draw, golden_preset, name, classes):
+    folder = draw("--preset", "golden", "--sampler", "ddpm", "--steps", 50, "--num-images", 2,
+                  "--batch-size", 2, checkpoint=GOLDEN / f"{name}.pth")  # fmt: skip
+    drawn = np.stack([pixels(path) for path in sorted(folder.glob("[0-9]*.png"))])
+    assert drawn.shape == (2, 16, 16, 3)
+    trained = load_trained(GOLDEN / f"{name}.pth", preset="golden")
+    assert trained.net.num_classes == classes and trained.proc.num_timesteps == 50
+    y = None if classes is None else torch.arange(2)
+    expected = sample_images(trained.net, trained.proc, 2, sampler="ddpm", batch_size=2, y=y)
+    np.testing.assert_array_equal(drawn, images.to_uint8(expected))
+
+
+def test_the_originals_flags_are_taken(tiny_run, tmp_path):
+    argv = f"--model_path {tiny_run} --save_dir {tmp_path / 'o'} --num_images 2 --steps 2"
+    assert main(argv.split()) == 0
+    assert len(numbered(tmp_path / "o")) == 2
+
+
+@pytest.fixture
+def refuses(tmp_path, refused, tiny_run):
+    """refuses(code, *flags) -> the line; shows that no image and no folder was made."""
+
+    def check(code, *flags, checkpoint=tiny_run):
+        argv = ["--checkpoint", checkpoint, "--out", tmp_path / "out", *flags]
+        message = refused(main, argv, code)
+        assert not (tmp_path / "out").exists()
+        return message
+
+    return check
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("--steps 6", "--steps 6 must be at most the net's 5 timesteps"),
+        ("--steps 0", "steps=0 must be at least 1"),
+        ("--num-images 0", "num_images=0 must be at least 1"),
+        ("--num-images 4294967297", "must be at most"),
+        ("--batch-size 0", "batch_size=0 must be at least 1"),
+        ("--seed -1", "seed=-1 must be from 0"),
+        ("--eta 1.5", "eta=1.5 must be from 0 to 1"),
+        ("--eta nan", "eta=nan must be from 0 to 1"),
+        ("--eta 0.5 --sampler ddpm", "eta=0.5 is for --sampler ddim"),
+        ("--classes 3", "--classes"),
+        ("--sampler plms", "('ddim', 'ddpm')"),
+        ("--num-image 3", "did you mean '--num-images'?"),
+        ("--device tpu", "--device tpu: must be auto, cpu, cuda or cuda:N"),
+    ],
+)
+def test_a_bad_value(refuses, flags, told):
+    assert told in refuses(2, *flags.split())
+
+
+@pytest.mark.parametrize("classes", ["10", "3,-1", "0,11"])
+def test_classes_out_of_range(refuses, tiny_class_run, classes):
+    message = refuses(2, "--classes", classes, checkpoint=tiny_class_run)
+    assert re.fullmatch(r"--classes holds (10|-1|11), must be from 0 to 9", message)
+
+
+def test_classes_for_a_net_without(refuses):
+    assert "has no classes" in refuses(2, "--classes", "1,2")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
+def test_cuda_that_is_not_there(refuses):
+    assert "this machine has no CUDA device" in refuses(2, "--device", "cuda")
+
+
+def test_a_checkpoint_is_needed(refused):
+    assert "--checkpoint" in refused(main, ["--num-images", "2"], 2)
+
+
+def test_a_checkpoint_that_is_not_there(refuses, tmp_path):
+    assert "nowhere does not exist; give" in refuses(1, checkpoint=tmp_path / "nowhere")
+    assert "nowhere.pth: No such file" in refuses(
+        1, "--preset", "digits", checkpoint=tmp_path / "nowhere.pth"
+    )
+
+
+def test_a_pth_without_a_preset_or_with_an_unknown_one(refuses):
+    path = GOLDEN / "seed_uncond.pth"
+    assert "give preset, of digits, cifar10" in refuses(2, checkpoint=path)
+    assert "unknown preset 'cifar'" in refuses(2, "--preset", "cifar", checkpoint=path)
+
+
+def test_a_pth_of_another_architecture(refuses):
+    path = GOLDEN / "seed_uncond.pth"
+    message = refuses(1, "--preset", "seed-cifar10", checkpoint=path)
+    assert f"{path} is of another architecture" in message
+
+
+def test_a_cut_pth(refuses, tmp_path):
+    path = tmp_path / "cut.pth"
+    path.write_bytes((GOLDEN / "seed_uncond.pth").read_bytes()[:5000])
+    message = refuses(1, "--preset", "seed-cifar10", checkpoint=path)
+    assert "cut.pth cannot be read as a file of weights only" in message
+
+
+@pytest.mark.parametrize("damage", ["cut", "altered"])
+def test_a_run_whose_only_checkpoint_is_damaged(tiny_run, tmp_path, damage, capsys):
+    """Two lines: a warning for the checkpoint, naming the file, and the error."""
+    shutil.copytree(tiny_run, tmp_path / "run")
+    path = tmp_path / "run" / "checkpoints" / "step_00000004" / "ema.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data[:-3] if damage == "cut" else data)
+    out = tmp_path / "out"
+    assert main(["--checkpoint", str(tmp_path / "run"), "--out", str(out)]) == 1
+    warning, error = capsys.readouterr().err.splitlines()
+    assert warning.startswith(f"warning: skipped a damaged checkpoint: {path} ")
+    assert "holds no checkpoint that can be loaded: all 1 are damaged" in error
+    assert not out.exists()
+
+
+def test_an_out_below_a_file(refused, tmp_path, tiny_run):
+    (tmp_path / "file").write_text("mine")
+    argv = ["--checkpoint", tiny_run, "--out", tmp_path / "file" / "out", "--steps", 2]
+    assert "Not a directory" in refused(main, argv, 1)
+    argv[3] = tmp_path / "file"
+    assert "exists" in refused(main, argv, 1)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_ctrl_c_is_one_line(draw, refused, tiny_run, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "_sample", interrupt)
+    argv = ["--checkpoint", tiny_run, "--out", tmp_path / "out", "--steps", 2]
+    assert refused(main, argv, 1) == "interrupted"

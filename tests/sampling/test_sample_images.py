@@ -1,0 +1,191 @@
+"""An image is a function of the seed and of its number, however it is drawn."""
+
+import pytest
+import torch
+from torch import nn
+
+import ddpm_fast as df
+
+PROC = df.Diffusion("cosine", 20)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def net():
+    """A net with random weights, dropout and classes; its last convolution is not zero."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return df.UNet(
+            1, 8, (1, 2), 1, time_emb_dim=8, num_classes=10, activation="silu", dropout=0.5,
+            attention_resolutions=(1,), num_groups=4, image_size=8,
+        ).eval()  # fmt: skip
+
+
+def draw(net, num_images=7, **changes):
+    numbers = torch.arange(num_images) + changes.get("first_index", 0)
+    values = dict(steps=4, batch_size=3, seed=5, y=numbers % 10)
+    return df.sample_images(net, PROC, num_images, **{**values, **changes})
+
+
+VARIANTS = [
+    {},
+    {"sampler": "ddpm", "steps": None},
+    {"sampler": "ddpm", "variance": "fixed_small"},
+    {"eta": 1.0, "clip": False},
+    {"spacing": "quadratic", "recompute_eps": False},
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_same_batch_size_gives_the_same_bits_for_any_split(net, variant):
+    whole = draw(net, 7, **variant)
+    cut = [draw(net, n, first_index=i, **variant) for i, n in ((0, 1), (1, 4), (5, 2))]
+    assert torch.equal(torch.cat(cut), whole)
+    assert len({row.sum().item() for row in whole}) == 7
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("batch_size", [1, 2, 7, 64])
+def test_another_batch_size_changes_images_by_rounding_only(net, variant, batch_size):
+    """Convolutions pick other algorithms at other sizes: 1e-4, the contract's bound."""
+    difference = (draw(net, **variant) - draw(net, batch_size=batch_size, **variant)).abs().max()
+    assert difference < 1e-4
+
+
+def test_the_last_batch_is_padded_with_what_is_there(net):
+    """x_T and y too: every call of the net sees batch_size rows."""
+    sizes = []
+
+    def watched(x, t, y):
+        sizes.append((len(x), len(t), len(y)))
+        return net(x, t, y)
+
+    x_T = torch.randn(7, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    images = draw(watched, x_T=x_T)
+    assert set(sizes) == {(3, 3, 3)}
+    assert torch.equal(images, draw(net, x_T=x_T))
+    assert torch.equal(images[6:], draw(net, 1, x_T=x_T[6:], first_index=6))
+
+
+def test_seeds_and_numbers_name_images(net):
+    assert torch.equal(draw(net), draw(net))
+    assert not torch.equal(draw(net, seed=5), draw(net, seed=6))
+    same_class = torch.zeros(7, dtype=torch.int64)
+    other = draw(net, first_index=7, y=same_class)
+    assert not torch.equal(draw(net, y=same_class), other)
+
+
+def test_the_class_matters(net):
+    zeros = torch.zeros(7, dtype=torch.int64)
+    assert not torch.equal(draw(net, y=zeros), draw(net, y=zeros + 1))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_is_off_and_the_mode_comes_back(net, training):
+    expected = draw(net)
+    net.train(training)
+    try:
+        assert torch.equal(draw(net), expected)
+        assert all(module.training is training for module in net.modules())
+    finally:
+        net.eval()
+
+
+def test_the_mode_comes_back_after_an_error(net):
+    net.train()
+
+    def fail(*_):
+        raise RuntimeError("stop")
+
+    try:
+        with pytest.raises(RuntimeError, match="stop"):
+            draw(net, on_step=fail)
+        assert net.training
+    finally:
+        net.eval()
+
+
+def test_no_gradients_are_kept_and_the_result_can_be_used(net):
+    assert not draw(net).requires_grad
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_the_global_generator_plays_no_part(net):
+    state = torch.get_rng_state()
+    draw(net, sampler="ddpm", steps=None)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_on_step_sees_every_step_from_most_noise_to_the_image(net):
+    seen = []
+    images = draw(net, 3, on_step=lambda t, x, x_0: seen.append((t, x.clone(), x_0.clone())))
+    assert [t for t, _, _ in seen] == [15, 10, 5, 0]
+    assert all(x.shape == x_0.shape == (3, 1, 8, 8) for _, x, x_0 in seen)
+    torch.testing.assert_close(seen[-1][1].clamp(-1, 1), images, rtol=0, atol=0)
+    assert (seen[-1][2].abs() <= 1).all()
+
+
+@pytest.mark.parametrize(("sampler", "calls"), [("ddim", 20), ("ddpm", 20)])
+def test_without_steps_ddim_takes_50_or_all_and_ddpm_all(net, sampler, calls):
+    seen = []
+    df.sample_images(net, PROC, 1, sampler=sampler, batch_size=1, y=torch.zeros(1).long(),
+                     on_step=lambda *_: seen.append(1))  # fmt: skip
+    assert len(seen) == calls
+    long, seen = df.Diffusion(num_timesteps=1000), []
+    df.sample_images(lambda x, t: x, long, 1, image_size=2, channels=1, sampler=sampler,
+                     batch_size=1, on_step=lambda *_: seen.append(1))  # fmt: skip
+    assert len(seen) == (50 if sampler == "ddim" else 1000)
+
+
+def test_any_callable_is_a_net():
+    images = df.sample_images(lambda x, t: 0.3 * x, PROC, 5, image_size=(4, 6), channels=3)
+    assert images.shape == (5, 3, 4, 6) and images.dtype == torch.float32
+    assert (images.abs() <= 1).all()
+
+
+def test_no_images_are_an_empty_batch(net):
+    assert draw(net, 0, y=torch.zeros(0).long()).shape == (0, 1, 8, 8)
+
+
+def test_a_module_without_parameters_runs_on_the_cpu():
+    class Scale(nn.Module):
+        def forward(self, x, t):
+            return x * 0.1
+
+    assert df.sample_images(Scale(), PROC, 2, image_size=4, channels=1).device.type == "cpu"
+
+
+def test_images_leave_minus_1_to_1_only_without_clip(net):
+    assert draw(net).abs().max() <= 1
+    assert draw(lambda x, t, y: -x, clip=False, image_size=8, channels=1).abs().max() > 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"steps": 21}, "steps=21 must be from 1 to num_timesteps=20"),
+        ({"steps": 0}, "steps=0"),
+        ({"steps": 2.5}, "steps=2.5"),
+        ({"sampler": "ddimm"}, "did you mean 'ddim'"),
+        ({"spacing": "log"}, "spacing='log' must be one of leading"),
+        ({"variance": "learned"}, "variance='learned' must be one of"),
+        ({"eta": -0.1}, "eta=-0.1 must be from 0 to 1"),
+        ({"eta": float("nan")}, "eta=nan must be from 0 to 1"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"num_images": -1}, "num_images=-1"),
+        ({"y": torch.zeros(3).long()}, "y has 3 rows, must be num_images=7"),
+        ({"x_T": torch.zeros(3, 1, 8, 8)}, "x_T has 3 rows, must be num_images=7"),
+        ({"x_T": torch.zeros(7, 8, 8)}, "must be (N, C, H, W)"),
+    ],
+)
+def test_a_bad_argument_names_its_value_and_the_rule(net, changes, told):
+    values = {"num_images": 7, "y": torch.zeros(7).long(), **changes}
+    with pytest.raises(ValueError) as caught:
+        df.sample_images(net, PROC, **values)
+    assert told in str(caught.value)
+
+
+def test_a_net_without_a_size_must_be_given_one():
+    with pytest.raises(ValueError, match="image_size and channels are unknown: give both, or x_T"):
+        df.sample_images(lambda x, t: x, PROC, 1, channels=1)

@@ -1,0 +1,208 @@
+"""A net from a run, a checkpoint or the original's .pth, and from nothing else."""
+
+import json
+import pickle
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import ddpm_fast as df
+from ddpm_fast import checkpoint
+from ddpm_fast.checkpoint import CheckpointError
+from ddpm_fast.loading import load_trained
+from ddpm_fast.nn.config import UNetConfig
+
+GOLDEN = Path(__file__).parent / "golden"
+NAMES = ("seed_uncond", "seed_classes", "seed_relu_pad")
+
+
+def golden_config(name):
+    given = json.loads((GOLDEN / f"{name}.json").read_text())
+    return UNetConfig.from_json(
+        {k: v for k, v in given.items() if k in UNetConfig.__dataclass_fields__}
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_originals_pth_gives_the_originals_outputs(name):
+    """1e-5 relative to the largest output: convolutions sum in another order."""
+    net = df.load(GOLDEN / f"{name}.pth", config=golden_config(name), ema=False)
+    golden = load_file(GOLDEN / f"{name}.safetensors")
+    with torch.inference_mode():
+        out = net(golden["x"], golden["t"], golden.get("y"))
+    error = (out - golden["unet_out"]).abs().max() / golden["unet_out"].abs().max()
+    assert error < 1e-5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_pth_brings_its_own_betas(name):
+    """1e-6: the file's betas are fp32."""
+    given = json.loads((GOLDEN / f"{name}.json").read_text())
+    trained = load_trained(GOLDEN / f"{name}.pth", config=golden_config(name))
+    expected = df.Diffusion(given["schedule"], given["num_timesteps"])
+    torch.testing.assert_close(trained.proc.betas, expected.betas, rtol=1e-6, atol=0)
+    assert trained.step is None
+
+
+def test_a_pth_gives_the_averaged_weights_unless_told_otherwise(tmp_path):
+    config, path = golden_config("seed_uncond"), tmp_path / "changed.pth"
+    state = torch.load(GOLDEN / "seed_uncond.pth", weights_only=True)
+    state["ema_model.init_conv.bias"] = state["model.init_conv.bias"] + 1
+    torch.save(state, path)
+    averaged, trained = (df.load(path, config=config, ema=ema) for ema in (True, False))
+    assert torch.equal(averaged.init_conv.bias, state["ema_model.init_conv.bias"])
+    assert torch.equal(trained.init_conv.bias, state["model.init_conv.bias"])
+
+
+@pytest.mark.parametrize("inside", ["", "checkpoints/step_00000004", "config.json",
+                                    "checkpoints/step_00000004/ema.safetensors",
+                                    "checkpoints/step_00000004/manifest.json"])  # fmt: skip
+def test_a_run_its_checkpoint_and_their_files_are_the_same_net(tiny_run, inside):
+    trained = load_trained(tiny_run / inside)
+    saved = checkpoint.load(tiny_run / "checkpoints" / "step_00000004")
+    assert trained.step == 4 and trained.path == saved.path
+    for name, tensor in trained.net.state_dict().items():
+        assert torch.equal(tensor, saved.parts["ema"][name])
+    assert not trained.net.training
+    assert trained.net.image_size == 16 and trained.proc.num_timesteps == 5
+
+
+def test_the_trained_weights_can_be_asked_for(tiny_run):
+    saved = checkpoint.load(tiny_run / "checkpoints" / "step_00000004")
+    net = df.load(str(tiny_run), ema=False)
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(tensor, saved.parts["model"][name])
+
+
+@pytest.fixture
+def run(tiny_run, tmp_path):
+    """A run whose two checkpoints, of steps 3 and 4, may be damaged."""
+    shutil.copytree(tiny_run, tmp_path / "run")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    saved = checkpoint.load(checkpoints / "step_00000004")
+    facts = {k: saved.manifest[k] for k in ("seed", "ema_updates", "net", "diffusion")}
+    checkpoint.save(checkpoints, 3, saved.parts, facts, keep=5)
+    return tmp_path / "run"
+
+
+def newest(run, name="ema.safetensors"):
+    return run / "checkpoints" / "step_00000004" / name
+
+
+def edit(path, change):
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+def test_a_run_falls_back_to_its_last_healthy_checkpoint_and_says_so(run, capsys):
+    newest(run).write_bytes(newest(run).read_bytes()[:-5])
+    assert load_trained(run).step == 3
+    assert f"warning: skipped a damaged checkpoint: {newest(run)}" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_asked_for_by_name_is_an_error(run):
+    newest(run).write_bytes(b"")
+    with pytest.raises(CheckpointError, match="ema.safetensors has 0 bytes"):
+        df.load(newest(run).parent)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.pop("net"),
+        lambda m: m.update(net=None),
+        lambda m: m.update(net=["x"]),
+        lambda m: m["net"].update(colour=1),
+        lambda m: m["net"].update(channel_mults=3),
+        lambda m: m["net"].update(norm="xx"),
+        lambda m: m["diffusion"].update(schedule="xx"),
+        lambda m: m.update(diffusion={"colour": 1}),
+        lambda m: m["files"].pop("ema.safetensors"),
+    ],
+)
+def test_a_manifest_that_makes_no_net_is_one_error(run, change):
+    edit(newest(run, "manifest.json"), change)
+    with pytest.raises(CheckpointError, match="has an unusable manifest") as caught:
+        df.load(newest(run).parent)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_of_another_architecture_are_told_by_name(run):
+    edit(newest(run, "manifest.json"), lambda m: m["net"].update(num_classes=10))
+    with pytest.raises(CheckpointError, match="another architecture: it lacks '.*class_bias"):
+        df.load(newest(run).parent)
+    with pytest.raises(CheckpointError, match="seed_classes.pth is of another architecture"):
+        df.load(GOLDEN / "seed_classes.pth", config=golden_config("seed_uncond"))
+    with pytest.raises(CheckpointError, match="another architecture: 'time_mlp.1.weight' is"):
+        df.load(GOLDEN / "seed_uncond.pth", preset="seed-cifar10")
+
+
+@pytest.mark.parametrize("name", ["nowhere", "nowhere.safetensors", ".", "nowhere.pth"])
+def test_what_is_no_checkpoint_is_one_error(tmp_path, name):
+    with pytest.raises(CheckpointError, match="nowhere|is none of"):
+        df.load(tmp_path / name, config=golden_config("seed_uncond"))
+
+
+def test_a_pth_needs_a_preset_that_exists():
+    with pytest.raises(ValueError, match="give preset, of digits, cifar10, seed-cifar10"):
+        df.load(GOLDEN / "seed_uncond.pth")
+    with pytest.raises(ValueError, match="did you mean 'seed-cifar10'"):
+        df.load(GOLDEN / "seed_uncond.pth", preset="seed-cifar1")
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_code_in_a_pth_does_not_run(tmp_path, wrapped):
+    trap, path = tmp_path / "ran", tmp_path / "bad.pth"
+    if wrapped:
+        torch.save({"model.w": torch.zeros(1), "x": Malicious(trap)}, path)
+    else:
+        path.write_bytes(pickle.dumps({"x": Malicious(trap)}))
+    with pytest.raises(CheckpointError, match="bad.pth cannot be read as a file of weights only"):
+        df.load(path, preset="digits")
+    assert not trap.exists()
+    if wrapped:  # the trap would have worked
+        torch.load(path, weights_only=False)
+        assert trap.exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [5, [torch.zeros(1)], {"a": 1}, {1: torch.zeros(1)}, {"model": {"w": torch.zeros(1)}}, {}],
+)
+def test_a_pth_of_something_else_is_one_error(tmp_path, content):
+    torch.save(content, tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match="other.pth (must hold|holds no)"):
+        df.load(tmp_path / "other.pth", preset="digits")
+
+
+def test_a_pth_cut_or_altered_anywhere_never_raises_anything_but_a_checkpoint_error(tmp_path):
+    """torch's reader raises a dozen kinds of exception for damaged pickles."""
+    data, path = (GOLDEN / "seed_uncond.pth").read_bytes(), tmp_path / "a.pth"
+    config, chance = golden_config("seed_uncond"), random.Random(0)
+    refused = 0
+    for number in range(120):
+        damaged = bytearray(data)
+        if number % 3 == 0:
+            damaged = damaged[: chance.randrange(len(data))]
+        for _ in range(4):  # the pickle is at the beginning
+            damaged[chance.randrange(min(len(damaged), 20_000))] = chance.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            df.load(path, config=config)
+        except CheckpointError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused > 40  # the cut ones at least

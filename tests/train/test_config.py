@@ -1,0 +1,163 @@
+"""The command line becomes one frozen configuration."""
+
+import json
+
+import pytest
+
+from ddpm_fast.errors import UsageError
+from ddpm_fast.train.config import PRESETS, TrainConfig, parse_command
+
+# Every train flag of the original repository, with a value it could have had.
+ORIGINAL_FLAGS = {
+    "--iterations 20000": ("iterations", 20000),
+    "--batch_size 96": ("batch_size", 96),
+    "--learning_rate 2e-4": ("learning_rate", 2e-4),
+    "--num_timesteps 500": ("num_timesteps", 500),
+    "--schedule linear": ("schedule", "linear"),
+    "--schedule_low 0.0002": ("schedule_low", 0.0002),
+    "--schedule_high 0.03": ("schedule_high", 0.03),
+    "--loss_type l1": ("loss", "l1"),
+    "--use_labels True": ("use_labels", True),
+    "--base_channels 64": ("base_channels", 64),
+    "--channel_mults 1,2,2,2": ("channel_mults", (1, 2, 2, 2)),
+    "--num_res_blocks 3": ("num_res_blocks", 3),
+    "--time_emb_dim 256": ("time_emb_dim", 256),
+    "--norm in": ("norm", "in"),
+    "--dropout 0.2": ("dropout", 0.2),
+    "--activation mish": ("activation", "mish"),
+    "--attention_resolutions 0,1": ("attention_resolutions", (0, 1)),
+    "--ema_decay 0.99": ("ema_decay", 0.99),
+    "--ema_update_rate 5": ("ema_update_rate", 5),
+    "--log_rate 10": ("log_every", 10),
+    "--checkpoint_rate 25": ("checkpoint_every", 25),
+    "--log_dir somewhere": ("run_dir", "somewhere"),
+}
+
+
+def parsed(text):
+    return parse_command(text.split()).config
+
+
+@pytest.mark.parametrize("flag", ORIGINAL_FLAGS)
+def test_a_flag_of_the_original_means_the_same_here(flag):
+    name, value = ORIGINAL_FLAGS[flag]
+    config = parsed(flag)
+    assert getattr(config, name) == value
+    assert getattr(TrainConfig(), name) != value  # so the flag, not the default, gave it
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    ["--channel-mults 1,2,2", "--channel-mults 1 2 2", "--channel_mults=1,2,2",
+     "--channel-mults 1, 2 2,", "--channel-mults=1,2,2 --seed 0"],
+)  # fmt: skip
+def test_tuples_have_many_spellings(spelling):
+    assert parsed(spelling + " --base-channels 16").channel_mults == (1, 2, 2)
+
+
+def test_without_flags_it_is_the_digits_preset():
+    config = parsed("")
+    assert config == TrainConfig() and config.preset == "digits" and config.data == "digits"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_brings_its_net_and_its_flags_win(name):
+    config = parsed(f"--preset {name} --batch-size 7")
+    assert config.preset == name and config.batch_size == 7
+    from ddpm_fast.nn.config import preset
+
+    assert config.net_config() == preset(name)
+
+
+def test_ho_et_al_s_settings_are_the_cifar10_preset():
+    config = parsed("--preset cifar10")
+    assert (config.batch_size, config.learning_rate, config.warmup_steps) == (128, 2e-4, 5000)
+    assert (config.ema_decay, config.grad_clip, config.dropout) == (0.9999, 1.0, 0.1)
+    assert (config.schedule, config.num_timesteps, config.optimizer) == ("linear", 1000, "adam")
+
+
+def test_a_configuration_survives_its_json(tmp_path):
+    config = parsed("--learning-rate 3e-4 --channel-mults 1,3 --attention-resolutions 0 --seed 7")
+    path = tmp_path / "config.json"
+    path.write_text(config.to_json())
+    assert parsed(f"--config {path}") == config
+
+
+def test_flags_win_over_config_and_config_over_the_preset(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"preset": "cifar10", "batch_size": 5, "seed": 3}))
+    config = parsed(f"--config {path} --seed 4")
+    assert (config.preset, config.batch_size, config.seed) == ("cifar10", 5, 4)
+    assert config.base_channels == 128  # the preset's, which the file does not name
+
+
+def test_a_new_run_does_not_take_the_folder_of_the_one_it_copies(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"run_dir": "theirs"}))
+    assert parsed(f"--config {path}").run_dir is None
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("schedule", "foo"), ("precision", "fp16"), ("batch_size", "8"), ("batch_size", True),
+     ("batch_size", 8.0), ("channel_mults", 5), ("channel_mults", [1, "2"]), ("data", 3),
+     ("compile", "no"), ("seed", None), ("dropout", "0.1"), ("bach_size", 8)],
+)  # fmt: skip
+def test_a_value_of_the_wrong_kind_in_a_config_is_named(tmp_path, key, value):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({key: value}))
+    with pytest.raises(UsageError, match=f"config.json.*{key}"):
+        parsed(f"--config {path}")
+
+
+@pytest.mark.parametrize(("key", "value"), [("image_size", None), ("dropout", 0), ("run_dir", "x")])
+def test_a_config_may_hold_null_and_whole_numbers_where_they_fit(tmp_path, key, value):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({key: value}))
+    parsed(f"--config {path}")
+
+
+@pytest.mark.parametrize("text", ["not json", "[1, 2]", '"digits"', ""])
+def test_a_config_that_is_none_is_refused(tmp_path, text):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(UsageError, match="config.json"):
+        parsed(f"--config {path}")
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        ("--iterations 0", "iterations=0 must be at least 1"),
+        ("--batch-size -3", "batch_size=-3 must be at least 1"),
+        ("--learning-rate nan", "learning_rate=nan must be positive and finite"),
+        ("--learning-rate inf", "learning_rate=inf must be positive and finite"),
+        ("--ema-decay 1", "ema_decay=1.0 must be in"),
+        ("--grad-clip nan", "grad_clip=nan must not be negative"),
+        ("--seed -1", "seed=-1 must be from 0 to 2"),
+        ("--seed 9223372036854775808", "must be from 0 to 2"),
+        ("--dropout 1", "dropout=1.0 must be in"),
+        ("--attention-resolutions 3", "must hold level indices from 0 to 2"),
+        ("--num-groups 5", "num_groups=5 must divide channels=32"),
+        ("--device tpu", "device='tpu' must be auto, cpu, cuda or cuda:N"),
+        ("--channel-mults", "channel_mults"),
+        ("--channel-mults 1,x", "channel-mults"),
+        ("--schedule cosin", "('linear', 'cosine', 'sigmoid')"),
+        ("--preset cifar11", "did you mean 'cifar10'?"),
+        ("--bach-size 3", "unknown flag --bach-size (did you mean '--batch-size'?)"),
+        ("--resume", "--resume needs a value"),
+        ("--resume=", "--resume needs a value"),
+        ("--resume nowhere", "--resume nowhere: no such run folder"),
+        ("--resume a --config b", "--config"),
+        ("--config nowhere.json", "nowhere.json"),
+        ("--auto-resume", "--auto-resume goes with --run-dir"),
+        ("--auto-resume --resume a --run-dir b", "without --resume"),
+        ("stray", "stray"),
+    ],
+)
+def test_a_bad_argument_is_one_sentence_with_the_value_and_the_rule(argv, told):
+    with pytest.raises(UsageError) as caught:
+        parsed(argv)
+    message = str(caught.value)
+    assert told in message
+    assert "\n" not in message and "---" not in message and "│" not in message

@@ -1,0 +1,104 @@
+"""What a run does beside its steps: it stops when it diverges, and says what it does not do."""
+
+import json
+
+import pytest
+import torch
+
+from ddpm_fast import checkpoint
+from ddpm_fast.train import summary
+from ddpm_fast.train.__main__ import main
+from ddpm_fast.train.step import TrainStep
+
+FEW = ("--iterations", 3, "--sample-every", 0)
+
+
+def test_a_run_that_diverges_stops_and_spares_the_last_healthy_checkpoint(
+    tmp_path, tiny, before_step, refused, monkeypatch
+):
+    """A weight becomes infinite at step 5, between the checkpoints of the steps 4 and 8."""
+    captured = []
+    original = TrainStep.__init__
+
+    def remember(self, *arguments, **options):
+        original(self, *arguments, **options)
+        captured.append(self)
+
+    monkeypatch.setattr(TrainStep, "__init__", remember)
+    before_step(5, lambda: captured[0].parameters[0].data.fill_(float("inf")))
+    flags = ("--iterations", 12, "--checkpoint-every", 4, "--log-every", 100, "--sample-every", 0)
+    argv = [*tiny, *flags, "--run-dir", tmp_path / "run"]
+    message = refused(main, argv, 1)
+    assert "at step 8: training diverged; the checkpoint of step 4 is untouched" in message
+    assert checkpoint.steps_in(tmp_path / "run" / "checkpoints") == [4]
+    saved = checkpoint.load(tmp_path / "run" / "checkpoints" / "step_00000004")
+    assert all(torch.isfinite(t).all() for part in saved.parts.values() for t in part.values())
+
+
+def test_compile_on_cpu_is_declined_in_one_line(tmp_path, train, capsys):
+    assert train(tmp_path / "run", *FEW, "--compile") == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("--compile")]
+    assert lines == [
+        "--compile: compiling does not pay on CPU; training eager (--force-compile compiles)"
+    ]
+
+
+def test_compile_changes_nothing_on_cpu(tmp_path, train, weights):
+    assert train(tmp_path / "plain", *FEW) == 0
+    assert train(tmp_path / "asked", *FEW, "--compile") == 0
+    assert weights(tmp_path / "plain", 3) == weights(tmp_path / "asked", 3)
+
+
+@pytest.mark.parametrize(
+    "flags", [("--seed", 1), ("--dropout", 0.2), ("--flip", "on"), ("--precision", "bf16"),
+              ("--use-labels",), ("--loss", "l1"), ("--grad-clip", 0.01), ("--norm", "none"),
+              ("--activation", "relu"), ("--num-res-blocks", 2), ("--schedule", "sigmoid")]
+)  # fmt: skip
+def test_a_flag_is_not_ignored(tmp_path, train, whole_few, weights, flags):
+    assert train(tmp_path / "run", *FEW, *flags) == 0
+    assert weights(tmp_path / "run", 3)["model"] != weights(whole_few, 3)["model"]
+
+
+@pytest.fixture(scope="module")
+def whole_few(train_tiny):
+    return train_tiny(*FEW)
+
+
+@pytest.mark.parametrize("flags", [("--log-every", 1), ("--keep-checkpoints", 1),
+                                   ("--checkpoint-every", 1), ("--sample-every", 1)])  # fmt: skip
+def test_logging_sampling_and_saving_do_not_change_the_weights(
+    tmp_path, train, whole_few, weights, flags
+):
+    assert train(tmp_path / "run", *FEW, *flags) == 0
+    assert weights(tmp_path / "run", 3) == weights(whole_few, 3)
+
+
+def test_the_global_generator_plays_no_part(tmp_path, train, whole_few, weights):
+    torch.manual_seed(12345)
+    state = torch.get_rng_state()
+    assert train(tmp_path / "run", *FEW, "--dropout", 0) == 0
+    assert torch.equal(torch.get_rng_state(), state)
+    assert weights(tmp_path / "run", 3) == weights(whole_few, 3)
+
+
+def test_the_summary_says_loss_speed_distance_and_where_everything_is(tmp_path, train, capsys):
+    run = tmp_path / "run"
+    assert train(run, "--iterations", 3) == 0
+    text = capsys.readouterr().out.split("finished 3 steps")[1]
+    loss = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["loss"]
+    assert f"final loss   {loss:.4f}" in text and "img/s" in text
+    assert f"samples      {run / 'samples' / 'step_00000003.png'}" in text
+    assert f"checkpoint   {run / 'checkpoints' / 'step_00000003'}" in text
+    assert "python -m ddpm_fast.sample --checkpoint " + str(run) in text
+    assert 20 < float(text.split("Frechet distance ")[1].split()[0]) < 50  # untrained: noise is 31
+
+
+def test_images_that_are_not_the_digits_are_not_judged_as_digits(
+    tmp_path, train, capsys, monkeypatch
+):
+    import numpy as np
+
+    np.save(tmp_path / "a.npy", np.zeros((4, 16, 16), np.uint8))
+    monkeypatch.setattr(summary, "digits_distance", None)
+    assert train(tmp_path / "run", *FEW, "--data", tmp_path / "a.npy") == 0
+    assert "Frechet" not in capsys.readouterr().out
