@@ -1,8 +1,9 @@
 """The functions people call: each checks its arguments, picks the fused kernel or the plain-torch
 reference, and is a custom op under torch.compile.
 
-impl  "auto"       the compiled extension; where it is missing the reference, with a warning
-      "fused"      the extension, or a RuntimeError with the command that mends it
+impl  "auto"       our kernel: Triton's on CUDA, the compiled extension's everywhere; the reference
+                   where there is none, with a warning if it should be there; attention by a table
+      "fused"      our kernel, or a RuntimeError with the command that mends it
       "reference"  plain torch
 The environment variable DDPM_FAST_IMPL replaces "auto".
 """
@@ -16,10 +17,18 @@ from torch import Tensor
 from ddpm_fast.kernels import dropout as dropout_kernel
 from ddpm_fast.kernels import extension
 from ddpm_fast.kernels import philox as philox_kernel
+from ddpm_fast.kernels.attention import attention
 from ddpm_fast.kernels.group_norm_silu import group_norm_silu
 from ddpm_fast.kernels.impl import chosen_impl
 
-__all__ = ["dropout", "group_norm_silu", "philox_normal", "philox_uniform", "philox_words"]
+__all__ = [
+    "attention",
+    "dropout",
+    "group_norm_silu",
+    "philox_normal",
+    "philox_uniform",
+    "philox_words",
+]
 
 _library = torch.library.Library("ddpm_fast", "FRAGMENT")
 _tags = (torch.Tag.pt2_compliant_tag,)

@@ -20,6 +20,8 @@ class DoctorOptions:
 
     json: bool = False
     """print the rows as JSON: name, found, status, mend"""
+    compile: bool = False
+    """compile every Triton kernel anew and print what each uses; takes minutes"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,12 +31,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str]) -> int:
     options = _options(argv)  # before torch: --help and mistakes answer at once
-    from ddpm_fast.doctor import checks, table
+    from ddpm_fast.doctor import checks, kernels, table
     from ddpm_fast.doctor.rows import run_check
 
     rows = [run_check(check) for check in checks.CHECKS]
     table.show(rows, json=options.json)
-    return int(any(row.status == "fails" for row in rows))
+    failed = int(any(row.status == "fails" for row in rows))
+    return kernels.refresh() or failed if options.compile else failed
 
 
 def _options(argv: Sequence[str]) -> DoctorOptions:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from ddpm_fast.doctor import gpu, machine, pieces
+from functools import partial
+
+from ddpm_fast.doctor import gpu, kernels, machine, pieces
 from ddpm_fast.doctor.rows import Check
+from ddpm_fast.kernels import MODULES
 
 CHECKS = (
     Check("OS", machine.check_system, needed=False),
@@ -22,6 +25,8 @@ CHECKS = (
     Check("Extension", pieces.check_extension),
     Check("Kernels", pieces.check_impl),
     Check("CUDA kernels", gpu.check_cuda_kernels),
+    *(Check(name, partial(kernels.check_resources, name), needed=False) for name in MODULES),
+    Check("attention runs", kernels.check_attention_path, needed=False),
     Check("Philox", pieces.check_philox),
     Check("q_sample", pieces.check_q_sample),
     Check("U-Net", pieces.check_unet),

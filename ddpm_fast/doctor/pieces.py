@@ -30,14 +30,14 @@ def check_extension() -> Finding:
 
 def check_impl() -> Finding:
     """Which implementation DDPM_FAST_IMPL chooses."""
-    from ddpm_fast import ops
     from ddpm_fast.kernels import extension
+    from ddpm_fast.kernels.impl import IMPLS
 
     given = os.environ.get("DDPM_FAST_IMPL")
     name = given or "auto"
     source = "from DDPM_FAST_IMPL" if given else "the default"
-    if given is not None and given not in ops.IMPLS:
-        found = f"DDPM_FAST_IMPL={given!r} must be one of {', '.join(ops.IMPLS)}"
+    if given is not None and given not in IMPLS:
+        found = f"DDPM_FAST_IMPL={given!r} must be one of {', '.join(IMPLS)}"
         return Finding(found, "fails", "unset DDPM_FAST_IMPL")
     if name == "reference":
         found = f"{name} ({source}): plain torch everywhere"

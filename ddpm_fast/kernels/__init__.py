@@ -21,16 +21,6 @@ MODULES = ("philox", "dropout", "group_norm_silu", "attention")
 def __getattr__(name: str) -> Any:
     if name != "SPECS":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib.util import find_spec
-
-    specs = tuple(
-        s
-        for s in (
-            getattr(import_module(f"{__name__}.{module}"), "SPEC", None)
-            for module in MODULES
-            if find_spec(f"{__name__}.{module}")
-        )
-        if s
-    )  # TEMP
+    specs = tuple(import_module(f"{__name__}.{module}").SPEC for module in MODULES)
     globals()["SPECS"] = specs
     return specs

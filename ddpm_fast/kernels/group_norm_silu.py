@@ -29,8 +29,7 @@ from ddpm_fast.kernels.group_norm_silu_launch import (
     launch_backward,
     launch_forward,
 )
-from ddpm_fast.kernels.impl import chosen_impl
-from ddpm_fast.kernels.launch import interpreting
+from ddpm_fast.kernels.impl import chosen_impl, interpreting
 from ddpm_fast.kernels.spec import Case, Inputs, KernelSpec
 
 _HAS_TRITON = find_spec("triton") is not None
@@ -122,7 +121,7 @@ def group_norm_silu(
     _check(x, weight, bias, num_groups, activation, dropout, rng)
     _check_optional(x, weight.shape[0], scale, shift, add, residual, concat)
     threshold = dropout_kernel.threshold_of(dropout)
-    if not _use_fused(impl, x):
+    if not runs_fused(impl, x):
         return reference(
             x, weight, bias, num_groups, eps, activation=activation, scale=scale, shift=shift,
             add=add, residual=residual, concat=concat, dropout=dropout, rng=rng, stream=stream,
@@ -138,7 +137,8 @@ def group_norm_silu(
     return y if residual is None else (y, total)
 
 
-def _use_fused(impl: str, x: Tensor) -> bool:
+def runs_fused(impl: str, x: Tensor) -> bool:
+    """Whether `impl` means the Triton kernels for x; RuntimeError for a "fused" that cannot run."""
     impl = chosen_impl(impl)
     if impl == "auto":
         return x.device.type == "cuda" and x.dtype in DTYPES and _why_no_triton() is None

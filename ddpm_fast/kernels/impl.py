@@ -7,6 +7,16 @@ import os
 IMPLS = ("auto", "fused", "reference")
 
 
+def interpreting() -> bool:
+    """Whether Triton kernels run on CPU tensors: TRITON_INTERPRET=1, set before the first use."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def runs_interpreted(impl: str) -> bool:
+    """Whether `impl` means kernels in the interpreter, 10 ms a program: no sampling, no judging."""
+    return interpreting() and chosen_impl(impl) == "fused"
+
+
 def chosen_impl(impl: str) -> str:
     """`impl`, or DDPM_FAST_IMPL in place of "auto"; ValueError for any other word."""
     if impl not in IMPLS:

@@ -14,11 +14,6 @@ from pathlib import Path
 from typing import Any
 
 
-def interpreting() -> bool:
-    """Whether Triton kernels run on CPU tensors: TRITON_INTERPRET=1, set before the first use."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
 def lookup(kernel: str, shape_class: str, arch: int) -> dict[str, Any] | None:
     """The numbers of a row without its evidence, or None.
 

@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm_fast.kernels import MODULES
-from ddpm_fast.kernels.launch import interpreting
+from ddpm_fast.kernels.impl import interpreting
 from ddpm_fast.kernels.spec import Launch
 
 
@@ -204,8 +204,7 @@ def collect(archs: Sequence[int], kernels: Sequence[str]) -> list[tuple[str, Lau
     """(kernel, launch, arch) of all launches; imports Triton and no torch."""
     found = []
     for name in kernels:
-        launches = import_module(f"ddpm_fast.kernels.{name}_triton")
-        launches = getattr(launches, "launches", lambda arch: [])  # TEMP
+        launches = import_module(f"ddpm_fast.kernels.{name}_triton").launches
         found += [(name, launch, arch) for arch in archs for launch in launches(arch)]
     return found
 
@@ -288,7 +287,7 @@ def _resources(
     opcodes = [opcode for opcode in opcodes if opcode != "NOP"]
     threads = 32 * launch.num_warps
     mma = {opcode.partition(".")[0] for opcode in opcodes if re.match(r"\w*MMA\b", opcode)}
-    blocks = _blocks_per_sm(CHIPS[arch], used["REG"], launch.num_warps, shared_bytes)
+    blocks = blocks_per_sm(CHIPS[arch], used["REG"], launch.num_warps, shared_bytes)
     return Resources(
         arch=arch,
         registers=used["REG"],
@@ -314,7 +313,7 @@ def _widest(opcodes: Iterable[str], kinds: tuple[str, ...]) -> int:
     return max(widths)
 
 
-def _blocks_per_sm(chip: Chip, registers: int, num_warps: int, shared_bytes: int) -> int:
+def blocks_per_sm(chip: Chip, registers: int, num_warps: int, shared_bytes: int) -> int:
     """As NVIDIA's occupancy calculator: registers by 256 a warp, warps by 4, shared memory by 128
     bytes and 1 KiB a block for the system."""
     by_warps = chip.warps // num_warps

@@ -48,7 +48,8 @@ class Launch:
     """A kernel as some preset launches it: enough to compile it without a GPU.
 
     kernel      the @triton.jit function
-    types       Triton type of each argument that is not a constexpr, such as "*bf16", "*i64", "i32"
+    types       Triton type of each argument that is not a constexpr: "*bf16", "*i64", "i32", or
+                "i32:16" for an integer known to be divisible by 16, without which accesses narrow
     constexprs  value of each constexpr
     elements    of the program's tile, for Budget.instructions
     """

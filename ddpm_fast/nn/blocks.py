@@ -1,4 +1,4 @@
-"""The U-Net's parts: time embedding, norm, residual block, attention, down- and upsampling.
+"""The U-Net's parts: time embedding, residual block, attention, down- and upsampling.
 
 Parameter names are the original repository's, so that its state dicts load with strict=True.
 Activations are (N, C, H, W), best in channels_last memory; the time embedding is (N, D).
@@ -14,22 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddpm_fast import ops
-
-
-def make_norm(kind: str | None, channels: int, num_groups: int, eps: float) -> nn.Module:
-    """Norm over (N, C, H, W): "gn" group, "in" instance, "bn" batch, None identity."""
-    match kind:
-        case "gn":
-            if channels % num_groups:
-                raise ValueError(f"num_groups={num_groups} must divide channels={channels}")
-            return nn.GroupNorm(num_groups, channels, eps=eps)
-        case "in":
-            return nn.InstanceNorm2d(channels, eps=eps, affine=True)
-        case "bn":
-            return nn.BatchNorm2d(channels, eps=eps)
-        case None:
-            return nn.Identity()
-    raise ValueError(f"norm={kind!r} must be one of 'gn', 'in', 'bn', None")
+from ddpm_fast.nn.norm import (
+    Activation,
+    CounterDropout,
+    conv_of_recomputed,
+    fuses,
+    norm_act,
+    run_conv,
+)
 
 
 class TimeEmbedding(nn.Module):
@@ -50,45 +42,27 @@ class TimeEmbedding(nn.Module):
         return torch.cat((angles.sin(), angles.cos()), dim=-1)  # (N, dim)
 
 
-class CounterDropout(nn.Module):
-    """Dropout whose mask is a function of rng = [seed, step, first_index] and of its stream."""
-
-    def __init__(self, p: float, stream: int) -> None:
-        super().__init__()
-        self.p, self.stream = p, stream
-
-    def forward(self, x: Tensor, rng: Tensor | None) -> Tensor:
-        if not self.training or self.p == 0:
-            return x
-        if rng is None:
-            raise ValueError("dropout in training mode needs rng, an int64 tensor of 3 numbers")
-        return ops.dropout(x, self.p, rng, self.stream)
-
-    def extra_repr(self) -> str:
-        return f"p={self.p}, stream={self.stream}"
-
-
 class AttentionBlock(nn.Module):
     """x + W_o softmax(q k^T / sqrt(d)) v over the H * W positions, one packed QKV projection."""
 
-    def __init__(self, channels: int, num_heads: int, norm: nn.Module) -> None:
+    def __init__(self, channels: int, num_heads: int, norm: nn.Module, impl: str = "auto") -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.impl = num_heads, impl
         self.norm = norm
         self.to_qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.to_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        n, c, h, w = x.shape
-        qkv = self.to_qkv(self.norm(x)).permute(0, 2, 3, 1)  # (N, H, W, 3C), q | k | v blocks of C
-        heads = qkv.reshape(n, h * w, 3, self.num_heads, c // self.num_heads).transpose(1, 3)
-        q, k, v = heads.unbind(2)  # (N, heads, T, d) each; views when qkv is channels_last
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)  # (N, T, heads, d)
-        return x + self.to_out(out.reshape(n, h, w, c).permute(0, 3, 1, 2))
+        qkv = self.to_qkv(norm_act(self.norm, None, x, impl=self.impl))  # q | k | v blocks of C
+        return x + self.to_out(ops.attention(qkv, self.num_heads, impl=self.impl))
 
 
 class ResidualBlock(nn.Module):
-    """conv(dropout(act(norm(conv(act(norm(x))) + time + class)))) + shortcut(x), then attention."""
+    """conv(dropout(act(norm(conv(act(norm(x))) + time + class)))) + shortcut(x), then attention.
+
+    On the way up x is cat([x, skip]): the fused norm reads the two as they are, and the 1x1
+    shortcut is the sum of two.
+    """
 
     def __init__(
         self,
@@ -98,14 +72,16 @@ class ResidualBlock(nn.Module):
         dropout: float,
         stream: int,
         make_norm: Callable[[int], nn.Module],
-        activation: Callable[[Tensor], Tensor] = F.relu,
+        activation: Activation = F.relu,
         time_emb_dim: int | None = None,
         num_classes: int | None = None,
         num_heads: int | None = None,
+        impl: str = "auto",
+        recompute: str | None = None,
     ) -> None:
-        """make_norm: channels -> norm; num_heads None: no attention."""
+        """make_norm: channels -> norm; num_heads None: no attention; impl, recompute: UNet's."""
         super().__init__()
-        self.activation = activation
+        self.activation, self.impl, self.recompute = activation, impl, recompute
         self.norm_1 = make_norm(in_channels)
         self.conv_1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm_2 = make_norm(out_channels)
@@ -123,28 +99,65 @@ class ResidualBlock(nn.Module):
         self.attention = (
             nn.Identity()
             if num_heads is None
-            else AttentionBlock(out_channels, num_heads, make_norm(out_channels))
+            else AttentionBlock(out_channels, num_heads, make_norm(out_channels), impl)
         )
 
     def forward(
-        self, x: Tensor, time_emb: Tensor | None, y: Tensor | None, rng: Tensor | None
+        self,
+        x: Tensor,
+        time_emb: Tensor | None,
+        y: Tensor | None,
+        rng: Tensor | None,
+        skip: Tensor | None = None,
     ) -> Tensor:
-        """(N, C_in, H, W), act(temb) (N, D), (N,), [seed, step, first_index] -> (N, C_out, H, W).
+        """(N, C1, H, W), act(temb) (N, D), (N,), [seed, step, first_index], (N, C2, H, W)
+        -> (N, C_out, H, W).
 
         `time_emb` comes already activated: the U-Net does it once for all blocks.
         """
-        out = self.conv_1(self.activation(self.norm_1(x)))
-        bias = None
-        if self.time_bias is not None:
-            bias = self.time_bias(time_emb)  # (N, C_out)
-        if self.class_bias is not None:
-            class_bias = self.class_bias(y)
-            bias = class_bias if bias is None else bias + class_bias
-        if bias is not None:
-            out = out + bias[:, :, None, None]
-        drop, conv = self.conv_2
-        out = conv(drop(self.activation(self.norm_2(out)), rng))
-        return self.attention(out + self.residual_connection(x))
+        fused = fuses(self.norm_1, x, self.impl)
+        if skip is not None and not fused:
+            x, skip = torch.cat((x, skip), dim=1), None
+        add = self._bias(time_emb, y)
+        if fused:  # conv_1's bias joins what norm_2 adds on reading, saving a pass
+            bias = self.conv_1.bias
+            add = bias.expand(x.shape[0], -1) if add is None else add + bias
+
+        def first() -> Tensor:
+            return norm_act(self.norm_1, self.activation, x, skip=skip, impl=self.impl)
+
+        hidden = self._conv(self.conv_1, first, bias=not fused)
+        drop, conv_2 = self.conv_2
+
+        def second() -> Tensor:
+            return norm_act(
+                self.norm_2, self.activation, hidden, add=add, drop=drop, rng=rng, impl=self.impl
+            )
+
+        out = self._conv(conv_2, second)
+        return self.attention(out + self._shortcut(x, skip))
+
+    def _bias(self, time_emb: Tensor | None, y: Tensor | None) -> Tensor | None:
+        """What the time and the class add to each channel: (N, C_out)."""
+        time_bias = None if self.time_bias is None else self.time_bias(time_emb)
+        if self.class_bias is None:
+            return time_bias
+        class_bias = self.class_bias(y)
+        return class_bias if time_bias is None else time_bias + class_bias
+
+    def _conv(self, conv: nn.Conv2d, make_input: Callable[[], Tensor], bias: bool = True) -> Tensor:
+        if self.recompute == "norm" and torch.is_grad_enabled():
+            return conv_of_recomputed(conv, make_input, bias)
+        return run_conv(conv, make_input(), bias)
+
+    def _shortcut(self, x: Tensor, skip: Tensor | None) -> Tensor:
+        conv = self.residual_connection
+        if skip is None:
+            return conv(x)
+        if isinstance(conv, nn.Identity):
+            return torch.cat((x, skip), dim=1)
+        of_x, of_skip = conv.weight.split((x.shape[1], skip.shape[1]), dim=1)
+        return F.conv2d(x, of_x, conv.bias) + F.conv2d(skip, of_skip)
 
 
 class Downsample(nn.Module):

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddpm_fast.kernels.impl import chosen_impl
 from ddpm_fast.kernels.philox import Stream
 from ddpm_fast.nn import config as nn_config
 from ddpm_fast.nn.blocks import (
@@ -17,9 +18,9 @@ from ddpm_fast.nn.blocks import (
     ResidualBlock,
     TimeEmbedding,
     Upsample,
-    make_norm,
 )
 from ddpm_fast.nn.config import UNetConfig
+from ddpm_fast.nn.norm import make_norm, norm_act
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -37,6 +38,10 @@ class UNet(nn.Module):
     In training mode with dropout, masks are functions of the int64 buffer `rng` = [seed, step,
     first_index]. Every such forward advances its step, so an ordinary training loop needs no
     care; a trainer that wants exact resume writes the buffer before each forward.
+
+    How it runs, not what it is, and so not part of `config`:
+    impl       of its norms and attentions: "auto", "fused" (our kernels or an error), "reference"
+    recompute  "norm": outputs of norm + activation are not saved for backward but made again
 
     raises  ValueError   a configuration outside its rules, naming the field and the rule
     """
@@ -65,6 +70,8 @@ class UNet(nn.Module):
         init: str = "torch",
         upsample: str = "auto",
         image_size: int | None = None,
+        impl: str = "auto",
+        recompute: str | None = None,
     ) -> None:
         super().__init__()
         self.config = config = UNetConfig(
@@ -93,6 +100,10 @@ class UNet(nn.Module):
         self.activation = _ACTIVATIONS.get(config.activation, config.activation)
         self.img_channels, self.num_classes = img_channels, num_classes
         self.image_size, self.initial_pad = image_size, initial_pad
+        if recompute not in (None, "norm"):
+            raise ValueError(f"recompute={recompute!r} must be None or 'norm'")
+        self.impl, self.recompute = impl, recompute
+        chosen_impl(impl)
         self._build(config)
         rng = torch.tensor([torch.initial_seed() % 2**63, 0, 0], dtype=torch.int64)
         self.register_buffer("rng", rng, persistent=False)
@@ -112,7 +123,7 @@ class UNet(nn.Module):
         self.init_conv = nn.Conv2d(config.img_channels, base, 3, padding=1)
 
         widths = [base * mult for mult in config.channel_mults]
-        make_block = _block_maker(config, self.activation)
+        make_block = _block_maker(config, self.activation, self.impl, self.recompute)
         self.downs, self.ups = nn.ModuleList(), nn.ModuleList()
         channels, skips = base, [base]
         for level, width in enumerate(widths):
@@ -139,8 +150,10 @@ class UNet(nn.Module):
         self.out_conv = nn.Conv2d(channels, config.img_channels, 3, padding=1)
 
     @classmethod
-    def from_config(cls, config: UNetConfig) -> UNet:
-        return cls(**vars(config))
+    def from_config(
+        cls, config: UNetConfig, *, impl: str = "auto", recompute: str | None = None
+    ) -> UNet:
+        return cls(**vars(config), impl=impl, recompute=recompute)
 
     @classmethod
     def from_preset(cls, name: str, **changes: Any) -> UNet:
@@ -149,7 +162,8 @@ class UNet(nn.Module):
         changes  constructor arguments that replace the row's, such as dropout=0.0
         raises   ValueError for an unknown preset or argument, naming the nearest
         """
-        return cls.from_config(nn_config.preset(name, **changes))
+        running = {k: changes.pop(k) for k in ("impl", "recompute") if k in changes}
+        return cls.from_config(nn_config.preset(name, **changes), **running)
 
     def forward(self, x: Tensor, time: Tensor | None = None, y: Tensor | None = None) -> Tensor:
         """Predict the noise in x_t.
@@ -174,11 +188,9 @@ class UNet(nn.Module):
         for layer in self.mid:
             x = layer(x, time_emb, y, rng)
         for layer in self.ups:
-            if isinstance(layer, Upsample):
-                x = layer(x)
-            else:
-                x = layer(torch.cat((x, skips.pop()), dim=1), time_emb, y, rng)
-        x = self.out_conv(self.activation(self.out_norm(x)))
+            up = isinstance(layer, Upsample)
+            x = layer(x) if up else layer(x, time_emb, y, rng, skips.pop())
+        x = self.out_conv(norm_act(self.out_norm, self.activation, x, impl=self.impl))
         return x[:, :, pad:-pad, pad:-pad] if pad else x
 
     def set_rng(self, seed: int, step: int, first_index: int = 0) -> None:
@@ -237,7 +249,10 @@ class UNet(nn.Module):
 
 
 def _block_maker(
-    config: UNetConfig, activation: Callable[[Tensor], Tensor]
+    config: UNetConfig,
+    activation: Callable[[Tensor], Tensor],
+    impl: str,
+    recompute: str | None,
 ) -> Callable[[int, int, bool], ResidualBlock]:
     """(in_channels, out_channels, attention) -> ResidualBlock; numbers the dropout streams."""
     streams: Iterator[int] = iter(range(Stream.DROPOUT, 2**31))
@@ -256,6 +271,8 @@ def _block_maker(
             time_emb_dim=config.time_emb_dim,
             num_classes=config.num_classes,
             num_heads=config.heads(out_channels) if attention else None,
+            impl=impl,
+            recompute=recompute,
         )
 
     return make_block

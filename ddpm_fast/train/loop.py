@@ -17,6 +17,7 @@ from ddpm_fast.device import pick_device
 from ddpm_fast.diffusion.sampler import sample_images
 from ddpm_fast.errors import Failure, UsageError
 from ddpm_fast.images import grid, grid_scale, save_png, to_uint8
+from ddpm_fast.kernels.impl import runs_interpreted
 from ddpm_fast.optimizer import load_state_tensors, state_tensors
 from ddpm_fast.train.config import PROG, Invocation
 from ddpm_fast.train.progress import Display, Measured, peak_gib
@@ -98,9 +99,7 @@ class Run:
             if self.step == 1 or self.step % config.log_every == 0 or self._is_last():
                 self._measure()
             with self._maintenance():
-                if _due(self.step, config.sample_every) or (
-                    config.sample_every and self._is_last()
-                ):
+                if self._samples_due():
                     self.save_samples()
                 if _due(self.step, config.checkpoint_every):
                     self.save_checkpoint()
@@ -219,6 +218,12 @@ class Run:
         start = time.perf_counter()
         yield
         self._maintenance_s += time.perf_counter() - start
+
+    def _samples_due(self) -> bool:
+        every = self.config.sample_every
+        if runs_interpreted(self.train_step.net.impl):
+            return False  # a grid would take hours
+        return _due(self.step, every) or (every > 0 and self._is_last())
 
     def _is_last(self) -> bool:
         return self.step == self.config.iterations

@@ -1,0 +1,56 @@
+"""Fixtures of pytest bench --benchmark-only: device, ceilings, figures into pytest-benchmark."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench import ceilings as bench_ceilings
+from bench import environment
+from bench.replay import replay
+
+pytest.importorskip("pytest_benchmark", reason="pip install pytest-benchmark")
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def ceilings(device):
+    return bench_ceilings.measure(device)[0]
+
+
+@pytest.fixture(scope="session")
+def where():
+    """Device, versions and commit, for every figure's extra_info."""
+    found = environment.describe()
+    return {"device": found["device"], "commit": found["commit"], "versions": found["versions"]}
+
+
+@pytest.fixture
+def record(benchmark, where):
+    """record(group, name, samples, figures): a row of pytest-benchmark's table."""
+
+    def add(group, name, samples, figures):
+        benchmark.group, benchmark.name = group, name
+        benchmark.extra_info.update({**figures, **where})
+        replay.load(samples.ms)
+        benchmark.pedantic(lambda: None, rounds=len(samples.ms))
+
+    return add
+
+
+def _line() -> str:
+    if torch.cuda.is_available():
+        return f"figures of {torch.cuda.get_device_name()}, from CUDA events"
+    return "CPU figures: small cases, to show that the suite runs; no GPU's speed follows from them"
+
+
+def pytest_report_header() -> str:
+    return f"ddpm_fast bench: {_line()}"
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    terminalreporter.write_line(_line())

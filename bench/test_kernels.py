@@ -1,0 +1,70 @@
+"""Every kernel of SPECS beside its reference and its peers: pytest bench --benchmark-only.
+
+A row has a figure only if the parity check of the same run passed. extra_info holds GB/s, TFLOP/s,
+the percentage of the floor that the ceilings of the same run give, device, versions and commit.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from bench import kernel_rows
+from bench.parity import mismatch
+from bench.peers import peers_of
+from bench.replay import replay
+from bench.subjects import Subject, dtype_for, subjects_of
+from bench.timing import time_in_turns
+from ddpm_fast.kernels import SPECS
+
+ON_GPU = torch.cuda.is_available()
+CACHES = ("cold", "warm") if ON_GPU else ("warm",)
+SECONDS = 0.5 if ON_GPU else 0.1  # for a figure
+
+CASES = {(spec.name, case.name): (spec, case) for spec in SPECS for case in spec.cases}
+ROWS = [
+    pytest.param(spec, case, which, cache, label, id=f"{spec.name} {case.name} {which} {label}")
+    for spec in SPECS
+    for case in spec.cases
+    if case.small != ON_GPU
+    for which in ("forward", "forward+backward")
+    for cache in CACHES
+    for label in ("ours", "eager", "compiled", *(peer.label for peer in peers_of(spec.name)))
+]
+
+
+@functools.cache
+def subject_of(kernel: str, case_name: str, label: str, device: torch.device) -> Subject:
+    spec, case = CASES[kernel, case_name]
+    subjects = subjects_of(spec, case.values, dtype_for(spec, device), device)
+    return next(subject for subject in subjects if subject.label == label)
+
+
+@functools.cache
+def refusal(kernel: str, case_name: str, label: str, device: torch.device, backward: bool) -> str:
+    """Once for all of a case's rows."""
+    (spec, case), subject = CASES[kernel, case_name], subject_of(kernel, case_name, label, device)
+    dtype = dtype_for(spec, device)
+    return mismatch(spec, subject, case.values, dtype, device, backward=backward)
+
+
+@pytest.mark.benchmark(timer=replay)
+@pytest.mark.parametrize(("spec", "case", "which", "cache", "label"), ROWS)
+def test_kernel(spec, case, which, cache, label, device, ceilings, record):
+    dtype = dtype_for(spec, device)
+    subject = subject_of(spec.name, case.name, label, device)
+    if subject.why_not:
+        pytest.skip(f"{label}: {subject.why_not}")
+    backward = which != "forward"
+    if backward and not kernel_rows.has_backward(spec, case.values, dtype, device):
+        pytest.skip(f"{spec.name} has no gradient")
+    if wrong := refusal(spec.name, case.name, label, device, backward):
+        pytest.fail(f"no figure for {label}: {wrong}")
+    cold = cache == "cold"
+    calls = kernel_rows.calls_for(spec, subject.run, case.values, dtype, device, which, cold=cold)
+    samples = time_in_turns({label: calls}, device, seconds=SECONDS, cold=cold)[label]
+    group = f"{spec.name} {case.name} {str(dtype).removeprefix('torch.')} {which} {cache}"
+    figures = kernel_rows.figures(spec, case.values, dtype, which, samples, ceilings)
+    record(group, label, samples, figures)

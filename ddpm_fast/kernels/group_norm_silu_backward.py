@@ -1,0 +1,223 @@
+"""Triton kernels of group_norm_silu's backward pass; torch-free, as group_norm_silu_triton.py."""
+
+import triton
+import triton.language as tl
+
+from ddpm_fast.kernels.group_norm_silu_tiles import (
+    affine,
+    keep_mask,
+    load_input,
+    offsets,
+    to_channels,
+    to_groups,
+)
+
+
+@triton.jit
+def _tile_grads(
+    x_ptr, concat_ptr, bias_c, dy_ptr, mean_c, rstd_c, a, b,
+    rng_ptr, stream, threshold, keep_scale, n, hw_start, c_start, offs_hw, offs_c, mask,
+    C1: tl.constexpr, C2: tl.constexpr, HW: tl.constexpr, C_STEP: tl.constexpr,
+    BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr, NHWC: tl.constexpr, SILU: tl.constexpr,
+    HAS_CONCAT: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """x_hat and dL/du of a tile, both 0 outside the mask."""
+    C: tl.constexpr = C1 + C2
+    value, _ = load_input(
+        x_ptr, concat_ptr, x_ptr, bias_c, n, offs_hw, offs_c, mask,
+        C1, C2, HW, NHWC, HAS_CONCAT, False,
+    )  # fmt: skip
+    at = n.to(tl.int64) * HW * C + offsets(offs_hw, offs_c, C, HW, NHWC)
+    du = tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    if DROPOUT:
+        keep = keep_mask(
+            rng_ptr, stream, n, hw_start, c_start, threshold, C, C_STEP, BLOCK_HW, BLOCK_C
+        )
+        du = tl.where(keep, du * keep_scale, 0.0)
+    x_hat = tl.where(mask, (value - mean_c[None, :]) * rstd_c[None, :], 0.0)
+    if SILU:
+        u = x_hat * a[None, :] + b[None, :]
+        sigmoid = tl.sigmoid(u)
+        du *= sigmoid * (1.0 + u * (1.0 - sigmoid))
+    return x_hat, du
+
+
+@triton.jit
+def _range_sums(
+    x_ptr, concat_ptr, bias_c, dy_ptr, mean_c, rstd_c, a, b,
+    rng_ptr, stream, threshold, keep_scale, n, c_start, mask_c, hw_begin,
+    C1: tl.constexpr, C2: tl.constexpr, HW: tl.constexpr, C_STEP: tl.constexpr,
+    RANGE: tl.constexpr, BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr, NHWC: tl.constexpr,
+    SILU: tl.constexpr, HAS_CONCAT: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """Per channel over a range of positions: sums of du x_hat, du and x_hat."""
+    offs_c = c_start + tl.arange(0, BLOCK_C)
+    hw_end = tl.minimum(hw_begin + RANGE, HW)
+    s_dx = tl.zeros((BLOCK_C,), tl.float32)
+    s_d = tl.zeros((BLOCK_C,), tl.float32)
+    s_x = tl.zeros((BLOCK_C,), tl.float32)
+    for start in range(hw_begin, hw_end, BLOCK_HW):
+        offs_hw = start + tl.arange(0, BLOCK_HW)
+        mask = (offs_hw < hw_end)[:, None] & mask_c[None, :]
+        x_hat, du = _tile_grads(
+            x_ptr, concat_ptr, bias_c, dy_ptr, mean_c, rstd_c, a, b,
+            rng_ptr, stream, threshold, keep_scale, n, start, c_start, offs_hw, offs_c, mask,
+            C1, C2, HW, C_STEP, BLOCK_HW, BLOCK_C, NHWC, SILU, HAS_CONCAT, DROPOUT,
+        )  # fmt: skip
+        s_dx += tl.sum(du * x_hat, axis=0)
+        s_d += tl.sum(du, axis=0)
+        s_x += tl.sum(x_hat, axis=0)
+    return s_dx, s_d, s_x
+
+
+@triton.jit
+def _load_context(
+    add_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, c_start, mask_c,
+    C: tl.constexpr, CPG: tl.constexpr, BLOCK_C: tl.constexpr, HAS_ADD: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr,
+):  # fmt: skip
+    """Each channel's added bias, mean, rstd, a and b."""
+    offs_c = c_start + tl.arange(0, BLOCK_C)
+    bias_c = tl.zeros((BLOCK_C,), tl.float32)
+    if HAS_ADD:
+        at_c = n.to(tl.int64) * C + offs_c
+        bias_c = tl.load(add_ptr + at_c, mask=mask_c, other=0.0).to(tl.float32)
+    at_g = n * (C // CPG) + offs_c // CPG
+    mean_c = tl.load(mean_ptr + at_g, mask=mask_c, other=0.0)
+    rstd_c = tl.load(rstd_ptr + at_g, mask=mask_c, other=0.0)
+    a, b = affine(
+        weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, offs_c, mask_c, C, HAS_SCALE, HAS_SHIFT
+    )
+    return bias_c, mean_c, rstd_c, a, b
+
+
+@triton.jit(do_not_specialize=["threshold", "stream"])
+def sums_kernel(
+    x_ptr, concat_ptr, add_ptr, dy_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, scale_ptr,
+    shift_ptr, rng_ptr, partial_ptr, keep_scale, threshold, stream,
+    C1: tl.constexpr, C2: tl.constexpr, HW: tl.constexpr, CPG: tl.constexpr,
+    GROUPS: tl.constexpr, RANGE: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr, NHWC: tl.constexpr,
+    SILU: tl.constexpr, HAS_CONCAT: tl.constexpr, HAS_ADD: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """partial (3, N, SPLITS, C): each range's share of the sums of du x_hat, du and x_hat."""
+    n = tl.program_id(1)
+    split = tl.program_id(2)
+    C: tl.constexpr = C1 + C2
+    c_start = tl.program_id(0) * GROUPS * CPG
+    lane_c = tl.arange(0, BLOCK_C)
+    offs_c = c_start + lane_c
+    mask_c = (lane_c < GROUPS * CPG) & (offs_c < C)
+    bias_c, mean_c, rstd_c, a, b = _load_context(
+        add_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, c_start, mask_c,
+        C, CPG, BLOCK_C, HAS_ADD, HAS_SCALE, HAS_SHIFT,
+    )  # fmt: skip
+    s_dx, s_d, s_x = _range_sums(
+        x_ptr, concat_ptr, bias_c, dy_ptr, mean_c, rstd_c, a, b,
+        rng_ptr, stream, threshold, keep_scale, n, c_start, mask_c, split * RANGE,
+        C1, C2, HW, GROUPS * CPG, RANGE, BLOCK_HW, BLOCK_C, NHWC, SILU, HAS_CONCAT, DROPOUT,
+    )  # fmt: skip
+    at = (n * SPLITS + split) * C + offs_c
+    third = tl.num_programs(1) * SPLITS * C
+    tl.store(partial_ptr + at, s_dx, mask=mask_c)
+    tl.store(partial_ptr + third + at, s_d, mask=mask_c)
+    tl.store(partial_ptr + 2 * third + at, s_x, mask=mask_c)
+
+
+@triton.jit
+def _joined_sums(
+    partial_ptr, n, offs_c, mask_c, C: tl.constexpr, SPLITS: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """The three sums over all ranges."""
+    s_dx = tl.zeros((BLOCK_C,), tl.float32)
+    s_d = tl.zeros((BLOCK_C,), tl.float32)
+    s_x = tl.zeros((BLOCK_C,), tl.float32)
+    third = tl.num_programs(1) * SPLITS * C
+    for split in range(SPLITS):
+        at = partial_ptr + (n * SPLITS + split) * C + offs_c
+        s_dx += tl.load(at, mask=mask_c, other=0.0)
+        s_d += tl.load(at + third, mask=mask_c, other=0.0)
+        s_x += tl.load(at + 2 * third, mask=mask_c, other=0.0)
+    return s_dx, s_d, s_x
+
+
+@triton.jit(do_not_specialize=["threshold", "stream"])
+def backward_kernel(
+    x_ptr, concat_ptr, add_ptr, dy_ptr, dsum_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr,
+    scale_ptr, shift_ptr, rng_ptr, partial_ptr, dx_ptr, dconcat_ptr, dadd_ptr, sums_ptr,
+    keep_scale, threshold, stream,
+    C1: tl.constexpr, C2: tl.constexpr, HW: tl.constexpr, CPG: tl.constexpr,
+    GROUPS: tl.constexpr, RANGE: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr, NHWC: tl.constexpr,
+    SILU: tl.constexpr, HAS_CONCAT: tl.constexpr, HAS_DSUM: tl.constexpr, HAS_ADD: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """dx, dconcat, dadd (N, C) and sums (2, N, C) of du x_hat and du, from which the rest follows.
+
+    dx = rstd (a du - mean(a du) - x_hat mean(a du x_hat)) + dsum, means over the group.
+    """
+    n = tl.program_id(1)
+    split = tl.program_id(2)
+    C: tl.constexpr = C1 + C2
+    c_start = tl.program_id(0) * GROUPS * CPG
+    lane_c = tl.arange(0, BLOCK_C)
+    offs_c = c_start + lane_c
+    mask_c = (lane_c < GROUPS * CPG) & (offs_c < C)
+    in_group = (lane_c // CPG)[:, None] == tl.arange(0, BLOCK_G)[None, :]
+    bias_c, mean_c, rstd_c, a, b = _load_context(
+        add_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, c_start, mask_c,
+        C, CPG, BLOCK_C, HAS_ADD, HAS_SCALE, HAS_SHIFT,
+    )  # fmt: skip
+    hw_begin = split * RANGE
+    hw_end = tl.minimum(hw_begin + RANGE, HW)
+    ONE_TILE: tl.constexpr = SPLITS == 1 and BLOCK_HW >= HW
+    offs_hw = hw_begin + tl.arange(0, BLOCK_HW)
+    mask = (offs_hw < hw_end)[:, None] & mask_c[None, :]
+    if ONE_TILE:
+        x_hat, du = _tile_grads(
+            x_ptr, concat_ptr, bias_c, dy_ptr, mean_c, rstd_c, a, b,
+            rng_ptr, stream, threshold, keep_scale, n, 0, c_start, offs_hw, offs_c, mask,
+            C1, C2, HW, GROUPS * CPG, BLOCK_HW, BLOCK_C, NHWC, SILU, HAS_CONCAT, DROPOUT,
+        )  # fmt: skip
+        s_dx = tl.sum(du * x_hat, axis=0)
+        s_d = tl.sum(du, axis=0)
+        s_x = tl.sum(x_hat, axis=0)
+    elif SPLITS == 1:
+        s_dx, s_d, s_x = _range_sums(
+            x_ptr, concat_ptr, bias_c, dy_ptr, mean_c, rstd_c, a, b,
+            rng_ptr, stream, threshold, keep_scale, n, c_start, mask_c, 0,
+            C1, C2, HW, GROUPS * CPG, RANGE, BLOCK_HW, BLOCK_C, NHWC, SILU, HAS_CONCAT, DROPOUT,
+        )  # fmt: skip
+    else:
+        s_dx, s_d, s_x = _joined_sums(partial_ptr, n, offs_c, mask_c, C, SPLITS, BLOCK_C)
+    mean_d = to_channels(to_groups(a * s_d, in_group), in_group) / (HW * CPG)
+    mean_dx = to_channels(to_groups(a * s_dx, in_group), in_group) / (HW * CPG)
+    if split == 0:
+        at_c = n * C + offs_c
+        tl.store(sums_ptr + at_c, s_dx, mask=mask_c)
+        tl.store(sums_ptr + tl.num_programs(1) * C + at_c, s_d, mask=mask_c)
+        if HAS_ADD:
+            dadd = rstd_c * (a * s_d - HW * mean_d - mean_dx * s_x)
+            tl.store(dadd_ptr + at_c, dadd, mask=mask_c)
+    image = n.to(tl.int64) * HW
+    for start in range(hw_begin, hw_end, BLOCK_HW):
+        if not ONE_TILE:
+            offs_hw = start + tl.arange(0, BLOCK_HW)
+            mask = (offs_hw < hw_end)[:, None] & mask_c[None, :]
+            x_hat, du = _tile_grads(
+                x_ptr, concat_ptr, bias_c, dy_ptr, mean_c, rstd_c, a, b,
+                rng_ptr, stream, threshold, keep_scale, n, start, c_start, offs_hw, offs_c, mask,
+                C1, C2, HW, GROUPS * CPG, BLOCK_HW, BLOCK_C, NHWC, SILU, HAS_CONCAT, DROPOUT,
+            )  # fmt: skip
+        dx = rstd_c[None, :] * (a[None, :] * du - mean_d[None, :] - x_hat * mean_dx[None, :])
+        mask_x = mask
+        if HAS_CONCAT:
+            mask_x = mask & (offs_c < C1)[None, :]
+            mask_2 = mask & (offs_c >= C1)[None, :]
+            at_2 = image * C2 + offsets(offs_hw, offs_c - C1, C2, HW, NHWC)
+            tl.store(dconcat_ptr + at_2, dx.to(dconcat_ptr.dtype.element_ty), mask=mask_2)
+        at_x = image * C1 + offsets(offs_hw, offs_c, C1, HW, NHWC)
+        if HAS_DSUM:
+            dx += tl.load(dsum_ptr + at_x, mask=mask_x, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + at_x, dx.to(dx_ptr.dtype.element_ty), mask=mask_x)

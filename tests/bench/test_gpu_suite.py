@@ -1,0 +1,131 @@
+"""The GPU suite: every stage in a dry run, failing and killed stages, the table's size."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from bench import gpu_suite, suite_table
+from bench.environment import ROOT
+from bench.results import STAGES, Results, read_json
+
+
+def suite(*arguments):
+    command = [sys.executable, "-m", "bench.gpu_suite", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow
+def test_dry_run_walks_all_stages_within_four_minutes(tmp_path):
+    start = time.monotonic()
+    done = suite("--dry-run", "--out", tmp_path)
+    assert done.returncode == 0, done.stdout[-8000:]
+    assert time.monotonic() - start < 240
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert [(stage["stage"], stage["status"]) for stage in summary["stages"]] == [
+        (stage, "done") for stage in STAGES
+    ]
+    assert summary["dry_run"] and summary["commit"] and "torch" in summary["versions"]
+    for stage in STAGES:
+        assert json.loads((tmp_path / f"{stage}.json").read_text())["rows"]
+    shown = done.stdout[done.stdout.index("DRY RUN") :]
+    assert len(shown) < 10_000
+    assert all(f"== {stage}: done" in shown for stage in STAGES)
+    # The limit of the place where it runs: what it writes has to come back.
+    assert len(list(tmp_path.iterdir())) <= 8
+
+
+def test_a_stage_that_fails_is_code_1_and_the_later_ones_still_run(tmp_path, monkeypatch, capsys):
+    def run_stage(stage, out, seconds, dry_run):
+        ran.append(stage)
+        status = "failed" if stage == "build" else "done"
+        return {"stage": stage, "status": status, "seconds": 1, "rows": 0, "left_out": 0}
+
+    ran = []
+    monkeypatch.setattr(gpu_suite, "run_stage", run_stage)
+    assert gpu_suite.main(["--out", str(tmp_path), "--minutes", "1"]) == 1
+    assert ran == list(STAGES)
+    assert "== build: failed" in capsys.readouterr().out
+
+
+def test_a_stage_that_outlives_its_time_keeps_its_rows(tmp_path, monkeypatch):
+    code = (
+        "import sys, time; from pathlib import Path; from bench.results import Results;"
+        f"r = Results(Path({str(tmp_path)!r}) / 'peers.json', 'peers', 100);"
+        "r.add('first', ms=1.0); time.sleep(60)"
+    )
+    popen = subprocess.Popen
+    monkeypatch.setattr(
+        gpu_suite.subprocess, "Popen",
+        lambda command, **options: popen([sys.executable, "-c", code], **options),
+    )  # fmt: skip
+    start = time.monotonic()
+    found = gpu_suite.run_stage("peers", tmp_path, 4.0, True)
+    assert time.monotonic() - start < 20
+    assert (found["status"], found["rows"]) == ("out of time", 1)
+    data = read_json(tmp_path / "peers.json")
+    assert data["rows"] == [{"name": "first", "ms": 1.0}]
+    assert "first  ms=1.0" in data["log"]
+
+
+def test_without_a_gpu_only_a_dry_run_works(tmp_path):
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = suite("--stages", "ceilings", "--out", tmp_path, "--minutes", "1")
+    assert done.returncode == 1
+    assert "no CUDA device" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [(["--stages", "ceilings,swep"], "'swep' is not one of"), (["--minutes", "0"], "positive")],
+)
+def test_a_bad_argument_is_code_2_with_what_is_allowed(flags, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        gpu_suite.main(flags)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_results_are_on_disk_after_each_row(tmp_path):
+    results = Results(tmp_path / "x.json", "kernels", 0.0)
+    results.add("a", ms=1.0)
+    assert read_json(results.path)["rows"] == [{"name": "a", "ms": 1.0}]
+    assert results.over("b")
+    assert read_json(results.path)["left_out"] == ["b"]
+
+
+def test_the_table_stays_under_ten_thousand_characters(tmp_path):
+    stages = []
+    for stage in STAGES:
+        results = Results(tmp_path / f"{stage}.json", stage, 100.0)
+        for i in range(200):
+            results.rows.append(
+                {"name": f"a long name of a row number {i} ours", "impl": "ours", "ms": 1.0,
+                 "percent_of_floor": 50.0, "gb_s": 1.0}
+            )  # fmt: skip
+        results.save()
+        stages.append(dict(stage=stage, status="done", seconds=1.0, rows=200, left_out=3))
+    summary = dict(dry_run=False, device="a GPU", commit="abc", versions={}, stages=stages)
+    text = suite_table.table(tmp_path, summary)
+    assert len(text) < 10_000
+    assert all(f"== {stage}: done, 1 s, 3 left out" in text for stage in STAGES)
+    assert "lines more in" in text
+
+
+def test_a_kernels_line_holds_ours_and_the_speedups_over_the_others(tmp_path):
+    results = Results(tmp_path / "kernels.json", "kernels", 100.0)
+    name = "dropout 2x3 float32 forward"
+    results.add(f"{name} ours", impl="ours", ms=0.5, percent_of_floor=80.0)
+    results.add(f"{name} eager", impl="eager", ms=1.0, percent_of_floor=40.0, speedup=2.0)
+    results.add(f"{name} Liger", impl="Liger", why_not="not installed")
+    results.add(f"{name} other", impl="other", why_not="parity: output is 1e-2")
+    stages = [dict(stage="kernels", status="done", seconds=1.0, rows=4, left_out=0)]
+    summary = dict(dry_run=False, device="a GPU", commit="abc", versions={}, stages=stages)
+    line = suite_table.table(tmp_path, summary).splitlines()[-1]
+    assert line.split() == (
+        f"{name} ours 0.5 ms 80 %, eager x2, other parity: output is 1e-2".split()
+    )
