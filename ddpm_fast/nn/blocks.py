@@ -146,7 +146,8 @@ class ResidualBlock(nn.Module):
         return class_bias if time_bias is None else time_bias + class_bias
 
     def _conv(self, conv: nn.Conv2d, make_input: Callable[[], Tensor], bias: bool = True) -> Tensor:
-        if self.recompute == "norm" and torch.is_grad_enabled():
+        eager = not torch.compiler.is_compiling()  # the compiler chooses by itself what to keep
+        if self.recompute == "norm" and eager and torch.is_grad_enabled():
             return conv_of_recomputed(conv, make_input, bias)
         return run_conv(conv, make_input(), bias)
 

@@ -59,7 +59,7 @@ def train(invocation: Invocation) -> None:
                     f"{PROG} --resume {path}"
                 )
                 return
-        summarise(train_step, folder, images, run.last_measured, display)
+        summarise(train_step, folder, images, run.last_measured, run.images_per_s, display)
     finally:
         folder.close()
 
@@ -75,6 +75,7 @@ class Run:
         self.device = train_step.batches.device
         self.step = 0
         self.last_measured: Measured | None = None
+        self._trained_steps, self._trained_s = 0, 0.0  # by this process, maintenance left out
         self._saved_step: int | None = None
         self._start_interval()
 
@@ -87,6 +88,11 @@ class Run:
             f"images of {images.name}, {net.image_size}x{net.image_size}, "
             f"batch {config.batch_size}, on {self.device}; run folder {self.folder.path}"
         )
+
+    @property
+    def images_per_s(self) -> float:
+        """Mean over all logged intervals of this process."""
+        return self._trained_steps * self.config.batch_size / max(self._trained_s, 1e-9)
 
     def steps(self, stop: list[str]) -> None:
         """Train until `stop` holds a reason or all steps are done, then save."""
@@ -181,6 +187,10 @@ class Run:
         now = time.perf_counter()
         seconds = max(now - self._interval_start - self._maintenance_s, 1e-9)
         steps = self.step - self._interval_step
+        self._trained_steps, self._trained_s = (
+            self._trained_steps + steps,
+            self._trained_s + seconds,
+        )
         measured = Measured(
             step=self.step,
             loss=loss,

@@ -22,6 +22,7 @@ def summarise(
     folder: RunFolder,
     images: ImageSet,
     last: Measured | None,
+    images_per_s: float,
     display: Display,
 ) -> None:
     """Print the summary of a finished run and append it to the log."""
@@ -29,7 +30,7 @@ def summarise(
     say(f"finished {train_step.config.iterations} steps")
     if last is not None:
         say(f"  final loss   {last.loss:.4f}")
-        say(f"  speed        {last.images_per_s:.0f} img/s")
+        say(f"  speed        {images_per_s:.0f} img/s")
     if images.name == "digits" and not runs_interpreted(train_step.net.impl):
         distance = digits_distance(train_step, images)
         say(

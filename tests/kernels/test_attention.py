@@ -4,11 +4,10 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from ddpm_fast.kernels import attention_launch
 from ddpm_fast.kernels.attention import attention, reference
+from tests.drawn import given, settings, st
 from tests.kernels.attention_cases import (
     BF16,
     DEVICE,

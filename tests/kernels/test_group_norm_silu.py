@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
-from hypothesis import strategies as st
 
 from ddpm_fast import ops
 from ddpm_fast.kernels import group_norm_silu as kernel
 from ddpm_fast.kernels import group_norm_silu_launch as launch
 from ddpm_fast.kernels.group_norm_silu_plan import make_plan
+from tests.drawn import HealthCheck, assume, given, settings, st
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -5,11 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from ddpm_fast import ops
 from ddpm_fast.kernels import extension, philox
+from tests.drawn import given, settings, st
 
 NORMAL_ATOL = 2e-6  # fp32 polynomials against fp64: |z| <= 6.67 times a few fp32 roundings
 IMPLS = ("fused", "reference")
