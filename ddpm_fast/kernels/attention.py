@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -27,8 +26,9 @@ from ddpm_fast.kernels.attention_launch import (
     launch_backward,
     launch_forward,
 )
-from ddpm_fast.kernels.impl import chosen_impl, interpreting
+from ddpm_fast.kernels.impl import chosen_impl
 from ddpm_fast.kernels.spec import Case, Inputs, KernelSpec, Launch
+from ddpm_fast.kernels.target import arch_of, why_no_triton, why_not_fused
 
 HEAD_DIMS = (32, 64, 128, 256)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -111,7 +111,7 @@ def choose(
     """
     if device_type != "cuda":
         return "sdpa", f"our kernels run on cuda, not on {device_type}"
-    if why := _why_no_triton():
+    if why := why_no_triton():
         return "sdpa", why
     if arch not in ARCHS:
         return "sdpa", f"our kernels are compiled and checked for sm_{ARCHS}, not sm_{arch}"
@@ -184,7 +184,7 @@ def _path(impl: str, qkv: Tensor, head_dim: int) -> str:
     if impl == "auto":
         if qkv.device.type != "cuda":
             return "sdpa"
-        kinds = {"dtype": qkv.dtype, "arch": _arch(qkv.device.index)}
+        kinds = {"dtype": qkv.dtype, "arch": arch_of(qkv.device)}
         return choose(tokens, head_dim, needs_grad, "cuda", **kinds)[0]
     if head_dim not in HEAD_DIMS:
         allowed = ", ".join(map(str, HEAD_DIMS))
@@ -205,25 +205,6 @@ def _path(impl: str, qkv: Tensor, head_dim: int) -> str:
     return "triton"
 
 
-def why_not_fused(device_type: str) -> str | None:
-    """Why our kernels cannot run on such a device, with what mends it; None if they can."""
-    if device_type == "cpu" and not interpreting():
-        return (
-            "the Triton kernels run on cuda, and on cpu only with TRITON_INTERPRET=1 (slow, for"
-            ' tests); use impl="auto"'
-        )
-    if device_type not in ("cpu", "cuda"):
-        return f'the Triton kernels run on cuda, not on {device_type}; use impl="auto"'
-    return _why_no_triton()
-
-
-_HAS_TRITON = find_spec("triton") is not None
-
-
-def _why_no_triton() -> str | None:
-    return None if _HAS_TRITON else "Triton is not installed: pip install triton"
-
-
 def _holds(row: Row, tokens: int, head_dim: int, direction: str, dtype: torch.dtype) -> bool:
     return (
         tokens <= row.max_tokens
@@ -231,13 +212,6 @@ def _holds(row: Row, tokens: int, head_dim: int, direction: str, dtype: torch.dt
         and direction in row.directions
         and dtype in row.dtypes
     )
-
-
-@torch.compiler.assume_constant_result
-def _arch(index: int) -> int:
-    """Of a CUDA device: 90 for compute capability 9.0."""
-    major, minor = torch.cuda.get_device_capability(index)
-    return 10 * major + minor
 
 
 _library = torch.library.Library("ddpm_fast", "FRAGMENT")

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
+from ddpm_fast.kernels.target import arch_of, on_device_of
+
 LOG2_E = math.log2(math.e)
-INTERPRETED_ARCH = 90  # whose tiles the interpreter uses
 
 
 def launch_forward(qkv: Tensor, num_heads: int, scale: float) -> tuple[Tensor, Tensor]:
@@ -20,7 +19,7 @@ def launch_forward(qkv: Tensor, num_heads: int, scale: float) -> tuple[Tensor, T
         return o, lse
     qkv = _by_token(qkv)
     strides = (*_strides(qkv), *_strides(o))
-    with _device_of(qkv):
+    with on_device_of(qkv):
         _run("forward", qkv, num_heads, qkv, o, lse, *strides, num_heads, scale * LOG2_E)
     return o, lse
 
@@ -44,7 +43,7 @@ def launch_backward(
     qkv, do, o = _by_token(qkv), _by_token(do), _by_token(o)
     strides_do, strides_qkv, strides_dqkv = _strides(do), _strides(qkv), _strides(dqkv)
     numbers = (num_heads, scale, scale * LOG2_E)
-    with _device_of(qkv):
+    with on_device_of(qkv):
         if qkv.shape[2] * qkv.shape[3] <= SHORT and qkv.dtype.itemsize == 2:
             strides = (*strides_do, *strides_qkv, *strides_dqkv)
             _run("backward", qkv, num_heads, do, qkv, lse, dqkv, *strides, *numbers)
@@ -77,7 +76,7 @@ def _run(name: str, qkv: Tensor, num_heads: int, *arguments: Tensor | int | floa
 
     n, packed, h, w = qkv.shape
     kernel, tokens, head_dim = kernels.KERNELS[name], h * w, packed // 3 // num_heads
-    numbers = kernels.tile(name, tokens, head_dim, qkv.dtype.itemsize, _arch(qkv.device))
+    numbers = kernels.tile(name, tokens, head_dim, qkv.dtype.itemsize, arch_of(qkv.device))
     # A program: BLOCK_N keys in kv.backward, else BLOCK_M queries.
     rows = numbers["BLOCK_N" if name == "kv.backward" else "BLOCK_M"]
     kernel[(n * num_heads * -(-tokens // rows),)](
@@ -100,15 +99,3 @@ def _by_token(x: Tensor) -> Tensor:
 def _strides(x: Tensor) -> tuple[int, int]:
     """Elements from image to image, from token to token; x as _by_token gives it."""
     return x.stride(0), x.stride(3) if x.shape[3] > 1 else x.stride(2)
-
-
-@functools.cache
-def _arch(device: torch.device) -> int:
-    if device.type != "cuda":
-        return INTERPRETED_ARCH
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
-def _device_of(x: Tensor) -> AbstractContextManager:
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()

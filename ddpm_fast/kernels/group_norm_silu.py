@@ -13,7 +13,6 @@ computed again. Statistics and sums are fp32, the variance is centred, nothing i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -29,10 +28,10 @@ from ddpm_fast.kernels.group_norm_silu_launch import (
     launch_backward,
     launch_forward,
 )
-from ddpm_fast.kernels.impl import chosen_impl, interpreting
+from ddpm_fast.kernels.impl import chosen_impl
 from ddpm_fast.kernels.spec import Case, Inputs, KernelSpec
+from ddpm_fast.kernels.target import why_no_triton, why_not_fused
 
-_HAS_TRITON = find_spec("triton") is not None
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -141,9 +140,9 @@ def runs_fused(impl: str, x: Tensor) -> bool:
     """Whether `impl` means the Triton kernels for x; RuntimeError for a "fused" that cannot run."""
     impl = chosen_impl(impl)
     if impl == "auto":
-        return x.device.type == "cuda" and x.dtype in DTYPES and _why_no_triton() is None
+        return x.device.type == "cuda" and x.dtype in DTYPES and why_no_triton() is None
     if impl == "fused":
-        why = why_not_fused(x)
+        why = why_not_fused(x.device.type)
         if why is not None:
             raise RuntimeError(f'impl="fused": {why}')
     return impl == "fused"
@@ -209,19 +208,6 @@ def parameter_grads(
     scaled = sums if scale is None else sums * (1 + scale.float())
     dweight, dbias = scaled.sum(1).unbind(0)  # one reduction, in a fixed order
     return dweight, dbias, dscale, sums[1]
-
-
-def why_not_fused(x: Tensor) -> str | None:
-    """Why the Triton kernels cannot run on x, with what mends it; None if they can."""
-    if x.device.type == "cpu" and not interpreting():
-        return "on CPU tensors only with TRITON_INTERPRET=1 (slow, for tests); use impl='reference'"
-    if x.device.type not in ("cpu", "cuda"):
-        return f"the Triton kernels run on cuda, not on {x.device.type}"
-    return _why_no_triton()
-
-
-def _why_no_triton() -> str | None:
-    return None if _HAS_TRITON else "Triton is not installed: pip install triton"
 
 
 _library = torch.library.Library("ddpm_fast", "FRAGMENT")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor
 
 from ddpm_fast.kernels import dropout as dropout_kernel
 from ddpm_fast.kernels.group_norm_silu_plan import Plan, make_plan
+from ddpm_fast.kernels.target import arch_of, on_device_of
 
 Optional = Tensor | None
 
@@ -35,7 +33,7 @@ def launch_forward(
     options = {"num_warps": plan.num_warps}
     grid = (plan.channel_blocks, n, plan.SPLITS)
     partial = x
-    with _device_of(x):
+    with on_device_of(x):
         if plan.SPLITS > 1:
             partial = torch.empty(2, n, plan.SPLITS, num_groups, device=x.device)
             kernels.stats_kernel[grid](
@@ -96,7 +94,7 @@ def launch_backward(
     grid = (plan.channel_blocks, n, plan.SPLITS)
     partial, keep_scale = x, dropout_kernel.scale_of(threshold)
     context = (weight, bias, _or(scale, x), _or(shift, x), _or(rng, x))
-    with _device_of(x):
+    with on_device_of(x):
         if plan.SPLITS > 1:
             partial = torch.empty(3, n, plan.SPLITS, c1 + c2, device=x.device)
             kernels.sums_kernel[grid](
@@ -128,14 +126,8 @@ def backward_outputs(
     return torch.empty_like(x), dconcat, dadd, sums
 
 
-@functools.cache
-def _arch(index: int) -> int:
-    major, minor = torch.cuda.get_device_capability(index)
-    return 10 * major + minor
-
-
 def _plan(direction: str, n: int, c: int, hw: int, num_groups: int, x: Tensor) -> Plan:
-    arch = _arch(x.device.index or 0) if x.device.type == "cuda" else 90
+    arch = arch_of(x.device)
     return make_plan(direction, n, c, hw, num_groups, itemsize=x.element_size(), arch=arch)
 
 
@@ -170,7 +162,3 @@ def _as_format(t: Optional, memory_format: torch.memory_format) -> Optional:
 def _or(t: Optional, stand_in: Tensor) -> Tensor:
     """A pointer is needed where an input is absent; its flag keeps it from being read."""
     return stand_in if t is None else t
-
-
-def _device_of(x: Tensor):
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()

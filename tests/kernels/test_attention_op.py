@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from ddpm_fast.kernels import attention as kernel
-from ddpm_fast.kernels import attention_launch
+from ddpm_fast.kernels import attention_launch, target
 from ddpm_fast.kernels.attention import attention, choose, reference
 from tests.kernels.attention_cases import (
     BF16,
@@ -71,10 +71,10 @@ def test_fused_on_cpu_without_the_interpreter_says_what_to_do(monkeypatch):
 
 def test_fused_without_triton_says_how_to_install_it(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(kernel, "_HAS_TRITON", False)
+    monkeypatch.setattr(target, "_HAS_TRITON", False)
     with pytest.raises(RuntimeError, match="pip install triton"):
         attention(torch.zeros(1, 96, 2, 2), 1, impl="fused")
-    assert choose(16, 64, True, "cuda") == ("sdpa", kernel._why_no_triton())
+    assert choose(16, 64, True, "cuda") == ("sdpa", target.why_no_triton())
 
 
 def test_environment_variable_is_the_default_of_auto_only(monkeypatch):
