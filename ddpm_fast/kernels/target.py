@@ -16,10 +16,16 @@ INTERPRETED_ARCH = 90  # whose launch numbers the interpreter takes
 
 def arch_of(device: torch.device) -> int:
     """90 for compute capability 9.0; a constant to torch.compile."""
-    if device.type != "cuda":
-        return INTERPRETED_ARCH
-    properties = torch.cuda.get_device_properties(device)
-    return 10 * properties.major + properties.minor
+    return INTERPRETED_ARCH if device.type != "cuda" else _cuda_arch(device.index)
+
+
+def _cuda_arch(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+# What @torch.compiler.assume_constant_result does; that would import the compiler with this module.
+_cuda_arch._dynamo_marked_constant = True
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager:
