@@ -12,6 +12,7 @@ computed again. Statistics and sums are fp32, the variance is centred, nothing i
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -140,7 +141,12 @@ def runs_fused(impl: str, x: Tensor) -> bool:
     """Whether `impl` means the Triton kernels for x; RuntimeError for a "fused" that cannot run."""
     impl = chosen_impl(impl)
     if impl == "auto":
-        return x.device.type == "cuda" and x.dtype in DTYPES and why_no_triton() is None
+        wanted = x.device.type == "cuda" and x.dtype in DTYPES
+        why = why_no_triton() if wanted else None
+        if why is not None and not torch.compiler.is_compiling():  # dynamo cannot trace a warning
+            message = f"group_norm_silu runs its plain-torch reference: {why}"
+            warnings.warn(message, RuntimeWarning, stacklevel=3)
+        return wanted and why is None
     if impl == "fused":
         why = why_not_fused(x.device.type)
         if why is not None:

@@ -1,11 +1,14 @@
 """The kernels, in Triton's interpreter on a machine without a GPU, against fp64 references."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from ddpm_fast import ops
 from ddpm_fast.kernels import group_norm_silu as kernel
 from ddpm_fast.kernels import group_norm_silu_launch as launch
+from ddpm_fast.kernels import target
 from ddpm_fast.kernels.group_norm_silu_plan import make_plan
 from tests.drawn import HealthCheck, assume, given, settings, st
 
@@ -316,6 +319,13 @@ class TestIntegration:
         monkeypatch.setattr(kernel, "launch_forward", None)  # would fail if called
         y, _ = kernel.group_norm_silu(**self.inputs())
         assert y.isfinite().all()
+
+    def test_auto_on_cuda_without_triton_says_that_it_runs_the_reference(self, monkeypatch):
+        x = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
+        assert kernel.runs_fused("auto", x)
+        monkeypatch.setattr(target, "_HAS_TRITON", False)
+        with pytest.warns(RuntimeWarning, match="plain-torch reference.*pip install triton"):
+            assert not kernel.runs_fused("auto", x)
 
     def test_fused_without_the_interpreter_says_what_to_do(self, monkeypatch):
         if DEVICE == "cuda":
