@@ -151,6 +151,9 @@ def runs_fused(impl: str, x: Tensor) -> bool:
         why = why_not_fused(x.device.type)
         if why is not None:
             raise RuntimeError(f'impl="fused": {why}')
+        if x.dtype not in DTYPES:
+            allowed = ", ".join(map(str, DTYPES))
+            raise ValueError(f'x is {x.dtype}, impl="fused" takes {allowed}')
     return impl == "fused"
 
 
@@ -160,6 +163,8 @@ def _check(
 ) -> None:  # fmt: skip
     if x.ndim != 4:
         raise ValueError(f"x has shape {tuple(x.shape)}, must be (N, C, H, W)")
+    if not x.is_floating_point():
+        raise ValueError(f"x is {x.dtype}, must be floating point")
     if weight.ndim != 1 or weight.shape != bias.shape:
         shapes = f"{tuple(weight.shape)} and {tuple(bias.shape)}"
         raise ValueError(f"weight and bias have shapes {shapes}, must both be (C,)")

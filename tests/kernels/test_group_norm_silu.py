@@ -345,6 +345,7 @@ def bad(**changes):
     "arguments, message",
     [
         (bad(x=torch.randn(2, 8, 4)), r"x has shape \(2, 8, 4\), must be \(N, C, H, W\)"),
+        (bad(x=torch.ones(2, 8, 4, 4).byte()), "x is torch.uint8, must be floating point"),
         (bad(num_groups=3), "num_groups=3 must divide channels=8"),
         (bad(num_groups=0), "num_groups=0 must divide"),
         (bad(weight=torch.ones(6)), r"shapes \(6,\) and \(8,\), must both be \(C,\)"),
@@ -364,6 +365,14 @@ def bad(**changes):
 def test_bad_input_names_the_value_and_the_rule(arguments, message, impl):
     with pytest.raises(ValueError, match=message):
         kernel.group_norm_silu(**arguments, impl=impl)
+
+
+def test_a_dtype_that_the_kernels_lack_is_refused_and_auto_takes_it():
+    arguments = bad(x=torch.randn(2, 8, 4, 4, dtype=torch.float64, device=DEVICE))
+    arguments |= {name: arguments[name].to(DEVICE) for name in ("weight", "bias")}
+    with pytest.raises(ValueError, match='x is torch.float64, impl="fused" takes torch.float32'):
+        kernel.group_norm_silu(**arguments, impl="fused")
+    assert kernel.group_norm_silu(**arguments).dtype == torch.float64
 
 
 def test_unknown_impl_is_refused():
