@@ -1,6 +1,7 @@
 // The CPU part: picks the instruction set once, cuts the work into units and gives each thread a
 // run of them.
 #include <algorithm>
+#include <cmath>
 #include <stdexcept>
 #include <system_error>
 #include <thread>
@@ -36,8 +37,6 @@ const CpuLoops*& active_loops() {
   return loops;
 }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Calls run(begin, end) on consecutive pieces of [0, units), one of them on the calling thread.
 template <typename Run>
 void parallel_for(int64_t units, int64_t elements, int threads, const Run& run) {
@@ -56,23 +55,78 @@ void parallel_for(int64_t units, int64_t elements, int threads, const Run& run) 
   for (std::thread& worker : workers) worker.join();
 }
 
+// Calls run(piece) on all pieces of all samples.
+template <typename Run>
+void for_each_piece(int64_t samples, int64_t elements, int threads, const Run& run) {
+  const auto some = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) run(piece_at(i, elements, UNIT));
+  };
+  parallel_for(samples * ceil_div(elements, UNIT), samples * elements, threads, some);
+}
+
 template <typename T>
 void dropout_elements(const T* x, T* out, const DropoutPlan& plan, const Draw& first, int threads,
-                    void (*loop)(const T*, T*, int64_t, uint32_t, const Draw&, uint32_t, double)) {
-  const int64_t elements = plan.elements;
-  const int64_t units_per_sample = ceil_div(elements, UNIT);
+                      void (*loop)(const T*, T*, int64_t, uint32_t, const Draw&, uint32_t,
+                                   double)) {
+  for_each_piece(plan.samples, plan.elements, threads, [&](const Piece& piece) {
+    const int64_t at = piece.sample * plan.elements + piece.first;
+    Draw draw = first;
+    draw.sample += uint32_t(piece.sample);
+    loop(x + at, out + at, piece.count, uint32_t(piece.first / 8), draw, plan.threshold,
+         plan.scale);
+  });
+}
+
+size_t size_of(Dtype dtype) { return dtype == Dtype::uint8 ? 1 : 4; }
+
+ReversePiece reverse_piece(const ReversePlan& plan, const Piece& piece, bool noisy) {
+  const int64_t elements = plan.channels * plan.positions;
+  const int64_t at = piece.sample * elements + piece.first;
+  const int64_t at_output = piece.sample * plan.output_channels * plan.positions + piece.first;
+  const float* output = static_cast<const float*>(plan.output) + at_output;
+  const float* unconditional = static_cast<const float*>(plan.unconditional);
+  return {plan.x_t + at,
+          output,
+          unconditional == nullptr ? nullptr : unconditional + at_output,
+          has_learned_std(plan) ? output + elements : nullptr,
+          plan.noise == nullptr ? nullptr : plan.noise + at,
+          plan.x_prev + at,
+          plan.x_0 + at,
+          piece.first,
+          piece.count,
+          plan.counters.draw(STREAM_SAMPLER_NOISE, piece.sample),
+          noisy,
+          plan.guidance,
+          plan.rule.clip,
+          1.0f};
+}
+
+// x_0 of a whole sample holds the unclipped estimate -> the dynamic threshold's limit.
+float limit_of(const float* x_0, int64_t elements, double q, std::vector<float>& scratch) {
+  scratch.resize(size_t(elements));
+  for (int64_t i = 0; i < elements; ++i) scratch[size_t(i)] = std::fabs(x_0[i]);
+  const Quantile quantile = quantile_of(q, elements);
+  const auto low = scratch.begin() + quantile.low;
+  std::nth_element(scratch.begin(), low, scratch.end());
+  const float high = quantile.high == quantile.low ? *low : *std::min_element(low + 1, scratch.end());
+  return dynamic_limit(*low, high, quantile.weight);
+}
+
+// A sample is one piece: its threshold depends on all of it.
+void posterior_step_dynamic(const ReversePlan& plan, int threads) {
+  const CpuLoops& loops = *active_loops();
+  const int64_t elements = plan.channels * plan.positions;
   const auto run = [&](int64_t begin, int64_t end) {
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t sample = unit / units_per_sample;
-      const int64_t element = unit % units_per_sample * UNIT;
-      const int64_t at = sample * elements + element;
-      Draw draw = first;
-      draw.sample += uint32_t(sample);
-      loop(x + at, out + at, std::min(UNIT, elements - element), uint32_t(element / 8), draw,
-           plan.threshold, plan.scale);
+    std::vector<float> scratch;
+    for (int64_t n = begin; n < end; ++n) {
+      const ReverseSample sample = reverse_sample(plan, n);
+      ReversePiece piece = reverse_piece(plan, {n, 0, elements}, sample.noisy);
+      loops.reverse_x_0(piece, sample.step);
+      piece.limit = limit_of(piece.x_0, elements, plan.quantile, scratch);
+      loops.reverse(piece, sample.step);
     }
   };
-  parallel_for(plan.samples * units_per_sample, plan.samples * elements, threads, run);
+  parallel_for(plan.samples, plan.samples * elements, threads, run);
 }
 
 }  // namespace
@@ -87,18 +141,12 @@ void philox_words(const int64_t* counters, const int64_t* keys, int64_t* out, in
 
 void philox_fill(bool normal, float* out, const FillPlan& plan, int threads) {
   const auto loop = normal ? active_loops()->normal : active_loops()->uniform;
-  const int64_t units_per_sample = ceil_div(plan.elements, UNIT);
-  const auto run = [&](int64_t begin, int64_t end) {
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t sample = unit / units_per_sample;
-      const int64_t element = unit % units_per_sample * UNIT;
-      const Draw draw =
-          make_draw(plan.seed, plan.stream, plan.first_index + uint32_t(sample), plan.step);
-      loop(out + sample * plan.elements + element, std::min(UNIT, plan.elements - element),
-           uint32_t(element / 4), draw);
-    }
-  };
-  parallel_for(plan.samples * units_per_sample, plan.samples * plan.elements, threads, run);
+  for_each_piece(plan.samples, plan.elements, threads, [&](const Piece& piece) {
+    const Draw draw =
+        make_draw(plan.seed, plan.stream, plan.first_index + uint32_t(piece.sample), plan.step);
+    loop(out + piece.sample * plan.elements + piece.first, piece.count, uint32_t(piece.first / 4),
+         draw);
+  });
 }
 
 void box_muller(const uint32_t* words, float* out, int64_t n) {
@@ -119,6 +167,33 @@ void dropout(const void* x, void* out, Dtype dtype, const DropoutPlan& plan, uin
     throw std::invalid_argument("cpu dropout takes float32 or float64, got dtype code " +
                                 std::to_string(int(dtype)));
   }
+}
+
+void q_sample(const ForwardPlan& plan, int threads) {
+  const CpuLoops& loops = *active_loops();
+  const auto loop = plan.x_0_dtype == Dtype::uint8 ? loops.forward_u8 : loops.forward_f32;
+  const int64_t elements = plan.channels * plan.height * plan.width;
+  for_each_piece(plan.samples, elements, threads, [&](const Piece& piece) {
+    const ForwardSample sample = forward_sample(plan, piece.sample);
+    if (piece.first == 0 && plan.t_out != nullptr) plan.t_out[piece.sample] = sample.t;
+    const int64_t at = piece.sample * elements + piece.first;
+    const char* row = static_cast<const char*>(plan.x_0) +
+                      size_t(sample.row * elements) * size_of(plan.x_0_dtype);
+    loop({row, piece.first, piece.count, plan.width, sample.mirrored,
+          plan.noise == nullptr ? nullptr : plan.noise + at,
+          plan.counters.draw(STREAM_NOISE, piece.sample), static_cast<float*>(plan.x_t) + at,
+          static_cast<float*>(plan.target) + at},
+         sample.step, plan.prediction);
+  });
+}
+
+void posterior_step(const ReversePlan& plan, int threads) {
+  if (plan.rule.clip == Clip::dynamic) return posterior_step_dynamic(plan, threads);
+  const CpuLoops& loops = *active_loops();
+  for_each_piece(plan.samples, plan.channels * plan.positions, threads, [&](const Piece& piece) {
+    const ReverseSample sample = reverse_sample(plan, piece.sample);
+    loops.reverse(reverse_piece(plan, piece, sample.noisy), sample.step);
+  });
 }
 
 std::vector<std::string> simd_levels() {

@@ -6,6 +6,7 @@
 
 #include <cstring>
 
+#include "indexing.h"
 #include "simd.h"
 
 #if !defined(DDPM_FAST_LEVEL)
@@ -121,6 +122,130 @@ void dropout(const T* x, T* out, int64_t count, uint32_t first_counter, const Dr
   }
 }
 
+constexpr int64_t TILE = 4 * BLOCK;  // elements; the tiles below (2 KiB each) stay in L1
+
+struct alignas(64) Tile {
+  float values[TILE];
+};
+
+DDPM_FAST_INLINE float unit_of(float x) { return x; }
+DDPM_FAST_INLINE float unit_of(uint8_t pixel) { return unit_from_pixel(float(int32_t(pixel))); }
+
+// Elements first .. first + count - 1 of an image, mirrored or not.
+template <typename T>
+void load_image(Tile& to, const T* image, int64_t first, int64_t count, int64_t width,
+                bool mirrored) {
+  if (!mirrored) {
+    for (int64_t i = 0; i < count; ++i) to.values[i] = unit_of(image[first + i]);
+    return;
+  }
+  for (int64_t i = 0; i < count;) {
+    const int64_t in_row = width - (first + i) % width;
+    const int64_t here = in_row < count - i ? in_row : count - i;
+    const T* from = image + mirrored_element(first + i, width);
+    for (int64_t j = 0; j < here; ++j) to.values[i + j] = unit_of(from[-j]);
+    i += here;
+  }
+}
+
+// `noise` itself, or a tile drawn from element `first` on.
+DDPM_FAST_INLINE const float* noise_tile(Tile& tile, const float* noise, int64_t first,
+                                         const Draw& draw) {
+  if (noise != nullptr) return noise;
+  WordBlock block;
+  fill_words(block, uint32_t(first / 4), 1, draw);
+  normal_block(tile.values, block);
+  return tile.values;
+}
+
+template <typename T>
+void forward(const ForwardPiece& piece, const ForwardStep& step, Prediction prediction) {
+  Tile x_0, drawn, x_t;
+  const T* image = static_cast<const T*>(piece.x_0);
+  for (int64_t at = 0; at < piece.count; at += TILE) {
+    const int64_t count = piece.count - at < TILE ? piece.count - at : TILE;
+    load_image(x_0, image, piece.first + at, count, piece.width, piece.mirrored);
+    const float* noise = piece.noise == nullptr ? nullptr : piece.noise + at;
+    const float* eps = noise_tile(drawn, noise, piece.first + at, piece.draw);
+    for (int64_t i = 0; i < count; ++i) x_t.values[i] = noised(x_0.values[i], eps[i], step);
+    std::memcpy(piece.x_t + at, x_t.values, size_t(count) * sizeof(float));
+    const float* target = eps;
+    if (prediction == Prediction::x_0) {
+      target = x_0.values;
+    } else if (prediction == Prediction::v) {
+      for (int64_t i = 0; i < count; ++i) {
+        x_t.values[i] = target_of(x_0.values[i], eps[i], step, Prediction::v);
+      }
+      target = x_t.values;
+    }
+    std::memcpy(piece.target + at, target, size_t(count) * sizeof(float));
+  }
+}
+
+// The net's output, with guidance if there is a second one.
+DDPM_FAST_INLINE const float* guided_tile(Tile& tile, const ReversePiece& piece, int64_t at,
+                                          int64_t count) {
+  const float* output = piece.output + at;
+  if (piece.unconditional == nullptr) return output;
+  const float* unconditional = piece.unconditional + at;
+  for (int64_t i = 0; i < count; ++i) {
+    tile.values[i] = guided(output[i], unconditional[i], piece.guidance);
+  }
+  return tile.values;
+}
+
+void reverse_x_0(const ReversePiece& piece, const ReverseStep& step) {
+  Tile guided_output, x_0;
+  for (int64_t at = 0; at < piece.count; at += TILE) {
+    const int64_t count = piece.count - at < TILE ? piece.count - at : TILE;
+    const float* out = guided_tile(guided_output, piece, at, count);
+    const float* x_t = piece.x_t + at;
+    for (int64_t i = 0; i < count; ++i) x_0.values[i] = raw_x_0(x_t[i], out[i], step);
+    std::memcpy(piece.x_0 + at, x_0.values, size_t(count) * sizeof(float));
+  }
+}
+
+void clip_tile(float* x_0, int64_t count, Clip clip, float limit) {
+  if (clip == Clip::unit) {
+    for (int64_t i = 0; i < count; ++i) x_0[i] = clipped(x_0[i], Clip::unit, limit);
+  } else if (clip == Clip::dynamic) {
+    for (int64_t i = 0; i < count; ++i) x_0[i] = clipped(x_0[i], Clip::dynamic, limit);
+  }
+}
+
+void add_noise(float* x_prev, const float* z, int64_t count, const float* variance_values,
+               const ReverseStep& step) {
+  if (variance_values == nullptr) {
+    for (int64_t i = 0; i < count; ++i) x_prev[i] += step.std * z[i];
+  } else {
+    for (int64_t i = 0; i < count; ++i) {
+      x_prev[i] += learned_std(variance_values[i], step) * z[i];
+    }
+  }
+}
+
+void reverse(const ReversePiece& piece, const ReverseStep& step) {
+  Tile guided_output, x_0, x_prev, drawn;
+  for (int64_t at = 0; at < piece.count; at += TILE) {
+    const int64_t count = piece.count - at < TILE ? piece.count - at : TILE;
+    const float* out = guided_tile(guided_output, piece, at, count);
+    const float* x_t = piece.x_t + at;
+    for (int64_t i = 0; i < count; ++i) x_0.values[i] = raw_x_0(x_t[i], out[i], step);
+    clip_tile(x_0.values, count, piece.clip, piece.limit);
+    for (int64_t i = 0; i < count; ++i) {
+      x_prev.values[i] = previous(x_0.values[i], x_t[i], out[i], step);
+    }
+    if (piece.noisy) {
+      const float* noise = piece.noise == nullptr ? nullptr : piece.noise + at;
+      const float* values = piece.variance_values == nullptr ? nullptr : piece.variance_values + at;
+      const float* z = noise_tile(drawn, noise, piece.first + at, piece.draw);
+      add_noise(x_prev.values, z, count, values, step);
+    }
+    std::memcpy(piece.x_0 + at, x_0.values, size_t(count) * sizeof(float));
+    std::memcpy(piece.x_prev + at, x_prev.values, size_t(count) * sizeof(float));
+  }
+}
+
 }  // namespace
 
 extern const CpuLoops DDPM_FAST_TABLE(DDPM_FAST_LEVEL);
@@ -131,6 +256,10 @@ const CpuLoops DDPM_FAST_TABLE(DDPM_FAST_LEVEL) = {
     box_muller_pairs,
     dropout<float>,
     dropout<double>,
+    forward<float>,
+    forward<uint8_t>,
+    reverse_x_0,
+    reverse,
 };
 
 }  // namespace ddpm_fast

@@ -22,10 +22,13 @@
 
 #if defined(__CUDACC__)
 #define DDPM_FAST_INLINE static __host__ __device__ __forceinline__
+#define DDPM_FAST_INLINE_MEMBER __host__ __device__ __forceinline__
 #elif defined(__GNUC__)
 #define DDPM_FAST_INLINE static inline __attribute__((always_inline))
+#define DDPM_FAST_INLINE_MEMBER inline __attribute__((always_inline))
 #else
 #define DDPM_FAST_INLINE static __forceinline
+#define DDPM_FAST_INLINE_MEMBER __forceinline
 #endif
 
 #if defined(__CUDA_ARCH__) || (defined(__clang__) && !defined(__CUDACC__))
