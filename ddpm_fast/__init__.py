@@ -13,11 +13,12 @@ _HOMES = {
     "UNetConfig": "ddpm_fast.nn.config",
     "Diffusion": "ddpm_fast.diffusion.process",
     "sample_images": "ddpm_fast.diffusion.sampler",
+    "Sampler": "ddpm_fast.diffusion.sampler",
     "EMA": "ddpm_fast.ema",
     "load": "ddpm_fast.loading",
 }
 
-__all__ = ["EMA", "Diffusion", "UNet", "UNetConfig", "load", "ops", "sample_images"]
+__all__ = ["EMA", "Diffusion", "Sampler", "UNet", "UNetConfig", "load", "ops", "sample_images"]
 
 
 def __getattr__(name: str) -> Any:

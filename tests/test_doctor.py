@@ -167,7 +167,7 @@ def test_a_noising_that_is_off_its_formula_fails(monkeypatch):
         return x_t * 1.001, eps
 
     monkeypatch.setattr(Diffusion, "q_sample", wrong)
-    assert row_of("q_sample").status == "fails"
+    assert row_of("Noising").status == "fails"
 
 
 def test_a_net_that_gives_nan_fails(monkeypatch):

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "ddpm_fast"
 RANKS = {
     "errors": 0, "arguments": 0, "_C": 0,
     "kernels": 1,
-    "ops": 2,
+    "ops": 2, "graphs": 2,
     "nn": 3, "diffusion": 3, "data": 3, "device": 3, "ema": 3, "images": 3, "metrics": 3,
     "optimizer": 3,
     "checkpoint": 4, "convert": 4,
@@ -112,6 +112,14 @@ def test_an_upward_import_is_found_wherever_it_stands():
     root = imports_of(ast.parse("from ddpm_fast import UNet"), "ddpm_fast.nn")
     assert wrong_imports("ddpm_fast.nn.blocks", root)
     assert wrong_imports("ddpm_fast.nn.blocks", {"ddpm_fast.data.order"})
+
+
+def test_ops_is_a_docstring_and_re_exports():
+    body = ast.parse((PACKAGE / "ops.py").read_text()).body
+    kinds = [type(node) for node in body[1:]]
+    assert set(kinds[:-1]) == {ast.ImportFrom} and kinds[-1] is ast.Assign
+    imported = {alias.name for node in body[1:-1] for alias in node.names}
+    assert imported == set(ast.literal_eval(body[-1].value))
 
 
 def test_diffusion_sees_a_callable_and_never_a_unet():

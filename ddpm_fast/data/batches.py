@@ -1,25 +1,26 @@
-"""The batch of a step: rows of a uint8 set, flipped and scaled to [-1, 1] on the device."""
+"""The batch of a step, in buffers that keep their addresses: a captured step finds it there."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ddpm_fast import ops
 from ddpm_fast.data.image_set import ImageSet
 from ddpm_fast.data.order import DataOrder
-from ddpm_fast.kernels.philox import Stream
 
 RESIDENT_BYTES = 8 * 2**30  # larger sets stay memory-mapped; only a batch's rows are copied
 
 
 class Batches:
-    """Batches as functions of (seed, step).
+    """Batches as functions of (seed, step): `load(step)` fills x_0, rows and y.
 
     images      the set; up to RESIDENT_BYTES of pixels live on `device` as uint8
-    batch_size  images a step;  seed  the run's
-    flip        mirror each image with probability 1/2
+    batch_size  B, images a step;  seed  the run's
     use_labels  give classes too; ValueError if the set has none
+
+    x_0   (M, C, H, W) uint8, the whole set; of a larger set only the batch, (B, C, H, W)
+    rows  (B,) int64: which of x_0 the batch is; None for a larger set: all, in order
+    y     (B,) int64 classes, or None
     """
 
     def __init__(
@@ -29,7 +30,6 @@ class Batches:
         batch_size: int,
         seed: int,
         device: torch.device,
-        flip: bool = False,
         use_labels: bool = False,
     ) -> None:
         if use_labels and images.labels is None:
@@ -37,29 +37,35 @@ class Batches:
                 f"use_labels=True, but {images.name} has no labels: labelled are digits, cifar10, "
                 "folders with subfolders, and .npz with labels"
             )
-        self.images, self.batch_size, self.seed = images, batch_size, seed
-        self.device, self.flip = device, flip
+        self.images, self.batch_size, self.device = images, batch_size, device
         self._order = DataOrder(len(images.images), seed)
-        self._labels = torch.from_numpy(images.labels).to(device) if use_labels else None
-        self._resident = None
-        if images.images.nbytes <= RESIDENT_BYTES:
-            self._resident = torch.from_numpy(images.images.copy()).to(device)  # (M, C, H, W)
+        resident = images.images.nbytes <= RESIDENT_BYTES
+        shape = (batch_size, *images.images.shape[1:])
+        self.x_0 = (
+            torch.from_numpy(images.images.copy()).to(device)
+            if resident
+            else torch.empty(shape, dtype=torch.uint8, device=device)
+        )
+        self.rows = self._index_buffer() if resident else None
+        self.y = self._index_buffer() if use_labels else None
+        self._labels = torch.from_numpy(images.labels) if use_labels else None  # on the host
 
-    def at(self, step: int) -> tuple[Tensor, Tensor | None]:
-        """The batch of a step: x_0 (B, C, H, W) fp32 in [-1, 1], y (B,) int64 or None."""
+    def load(self, step: int) -> None:
+        """Put the batch of a step into the buffers, without waiting for the device."""
         rows = self._order.rows(step * self.batch_size, self.batch_size)
-        if self._resident is None:
-            pixels = torch.from_numpy(self.images.images[rows.numpy()])
-            pixels = pixels.to(self.device, non_blocking=True)
-            rows = rows.to(self.device) if self._labels is not None else rows
+        if self.rows is not None:
+            self._fill(self.rows, rows)
         else:
-            rows = rows.to(self.device, non_blocking=True)
-            pixels = self._resident[rows]
-        x_0 = pixels.float().div_(127.5).sub_(1)
-        if self.flip:
-            draw = ops.philox_uniform(
-                (self.batch_size, 1), seed=self.seed, stream=Stream.FLIP, step=step,
-                device=self.device,
-            )  # fmt: skip
-            x_0 = torch.where(draw.view(-1, 1, 1, 1) < 0.5, x_0.flip(-1), x_0)
-        return x_0, None if self._labels is None else self._labels[rows]
+            self._fill(self.x_0, torch.from_numpy(self.images.images[rows.numpy()]))
+        if self.y is not None:
+            self._fill(self.y, self._labels[rows])
+
+    def _index_buffer(self) -> Tensor:
+        return torch.zeros(self.batch_size, dtype=torch.int64, device=self.device)
+
+    def _fill(self, buffer: Tensor, values: Tensor) -> None:
+        if buffer.is_cuda:
+            # torch keeps pinned memory until the copy is done
+            buffer.copy_(values.pin_memory(), non_blocking=True)
+        else:
+            buffer.copy_(values)

@@ -52,7 +52,7 @@ class Diffusion:
     def _set_betas(self, betas: Tensor) -> None:
         self.betas, self.num_timesteps = betas, len(betas)
         self.alphas_cumprod = torch.cumprod(1 - betas, dim=0)
-        self._scales: dict[torch.device, Tensor] = {}
+        self._tables: dict[torch.device, Tensor] = {}
 
     def to_json(self) -> dict[str, Any]:
         """Arguments that make the same process; ValueError for one made from betas."""
@@ -95,27 +95,17 @@ class Diffusion:
     ) -> tuple[Tensor, Tensor]:
         """Noise x_0 to step t.
 
-        x_0      (N, C, H, W)  bf16|fp16|fp32, range [-1, 1]
+        x_0      (N, C, H, W)  bf16|fp16|fp32, range [-1, 1], or uint8, scaled to it
         t        (N,)          int64 in [0, T), 0 = least noise
         noise    (N, C, H, W)  None: drawn by counter from (seed, step, first_index + n)
-        returns  x_t, eps      dtype of x_0
+        returns  x_t, eps      dtype of x_0; fp32 for uint8
         raises   ValueError    shapes that do not match; t outside [0, T) (checked on the CPU)
         source   Ho et al. 2020, eq. 4
         """
-        self._check_inputs(x_0, t)
-        if noise is None:
-            noise = ops.philox_normal(
-                tuple(x_0.shape), seed=seed, stream=Stream.NOISE, step=step,
-                first_index=first_index, dtype=x_0.dtype, device=x_0.device,
-            )  # fmt: skip
-        elif noise.shape != x_0.shape:
-            raise ValueError(
-                f"noise has shape {tuple(noise.shape)}, must be x_0's {tuple(x_0.shape)}"
-            )
-        scale_x_0, scale_eps = self._scale_table(x_0.device)[:, t]  # (N,) each
-        shape = (-1,) + (1,) * (x_0.ndim - 1)
-        x_t = scale_x_0.view(shape) * x_0 + scale_eps.view(shape) * noise
-        return x_t.to(x_0.dtype), noise
+        return ops.q_sample(
+            x_0, t, self.table(x_0.device), noise=noise, seed=seed, step=step,
+            first_index=first_index,
+        )  # fmt: skip
 
     def loss(
         self,
@@ -125,40 +115,31 @@ class Diffusion:
         *,
         t: Tensor | None = None,
         noise: Tensor | None = None,
-        seed: int = 0,
-        step: int = 0,
-        first_index: int = 0,
+        rows: Tensor | None = None,
+        flip: bool = False,
+        memory_format: torch.memory_format = torch.contiguous_format,
+        seed: int | Tensor = 0,
+        step: int | Tensor = 0,
+        first_index: int | Tensor = 0,
     ) -> Tensor:
         """Mean distance between the noise and net(x_t, t, y)'s guess of it.
 
         net      f(x_t, t, y) -> eps
-        x_0      (N, C, H, W), range [-1, 1];  y  (N,) int64 or None
+        x_0      (N, C, H, W), range [-1, 1], or uint8;  y  (N,) int64 or None
         t, noise None: drawn by counter from (seed, step, first_index + n)
+        rows     (N,) int64: sample n is x_0[rows[n]], of a resident set (M, C, H, W)
+        flip     mirror samples at random, by counter
+        seed, step, first_index  ints, or one int64 each on x_0's device
         returns  () fp32;  source  Ho et al. 2020, eq. 14
         """
-        if t is None:
-            t = self.draw_timesteps(
-                x_0.shape[0], seed=seed, step=step, first_index=first_index, device=x_0.device
-            )
-        x_t, eps = self.q_sample(x_0, t, noise=noise, seed=seed, step=step, first_index=first_index)
-        return distance(net(x_t, t, y), eps, self.loss_kind)
+        x_t, eps, *drawn = ops.q_sample(
+            x_0, t, self.table(x_0.device), rows=rows, noise=noise, flip=flip,
+            memory_format=memory_format, seed=seed, step=step, first_index=first_index,
+        )  # fmt: skip
+        return distance(net(x_t, drawn[0] if t is None else t, y), eps, self.loss_kind)
 
-    def _scale_table(self, device: torch.device) -> Tensor:
-        """(2, T) fp32: sqrt(abar) and sqrt(1 - abar), rooted in fp64, kept per device."""
-        if device not in self._scales:
-            abar = self.alphas_cumprod
-            table = torch.stack((abar.sqrt(), (1 - abar).sqrt()))
-            self._scales[device] = table.to(device, torch.float32)
-        return self._scales[device]
-
-    def _check_inputs(self, x_0: Tensor, t: Tensor) -> None:
-        if not x_0.is_floating_point():
-            raise ValueError(f"x_0 is {x_0.dtype}, must be floating point in [-1, 1]")
-        if t.shape != x_0.shape[:1]:
-            raise ValueError(f"t has shape {tuple(t.shape)}, must be {tuple(x_0.shape[:1])}")
-        # Reading values would make the host wait for a GPU.
-        if t.device.type == "cpu" and t.numel() and not torch.compiler.is_compiling():
-            low, high = int(t.min()), int(t.max())
-            if low < 0 or high >= self.num_timesteps:
-                bad = low if low < 0 else high
-                raise ValueError(f"t holds {bad}, must be from 0 to {self.num_timesteps - 1}")
+    def table(self, device: torch.device) -> Tensor:
+        """alphas_cumprod on a device, copied there once."""
+        if device not in self._tables:
+            self._tables[device] = self.alphas_cumprod.to(device)
+        return self._tables[device]

@@ -7,21 +7,22 @@ algorithm, and so other roundings, at another size.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ddpm_fast import ops
-from ddpm_fast.diffusion.prediction import VARIANCES, ddim_step, ddpm_step
 from ddpm_fast.diffusion.process import Diffusion
 from ddpm_fast.diffusion.schedule import sampling_timesteps
 from ddpm_fast.errors import nearest
+from ddpm_fast.graphs import CapturedCall
 from ddpm_fast.kernels.philox import Stream
 
 SAMPLERS = ("ddim", "ddpm")
+FIXED_VARIANCES = ("fixed_large", "fixed_small")  # the net predicts eps alone
 DDIM_STEPS = 50
 
 # (timestep, x_prev, x_0), after each step; the tensors are (batch_size, C, H, W)
@@ -48,6 +49,7 @@ def sample_images(
     first_index: int = 0,
     x_T: Tensor | None = None,
     device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
     """Draw images.
@@ -58,111 +60,171 @@ def sample_images(
     eta           DDIM's share of noise, 0 = deterministic
     spacing       "leading", "linspace", "trailing" or "quadratic"
     variance      "fixed_large" or "fixed_small", for ddpm
-    clip          clamp each x_0 estimate to [-1, 1];  recompute_eps  see ddim_step
+    clip          clamp each x_0 estimate to [-1, 1];  recompute_eps  see ops.posterior_step
     image_size    pixels; None: the net's own;  channels  None: the net's own
     y             (N,) int64 classes, for a net that has them
     seed          with first_index + i it names image i, whatever the batches
     x_T           (N, C, H, W) to start from instead of counted noise
     device        None: that of the net's parameters, else of x_T, else the CPU
+    dtype         that the net is run in, such as torch.bfloat16; None: the net's own
     on_step       called after each step of each batch
     returns       (N, C, H, W) fp32, clamped to [-1, 1] when clip
     raises        ValueError naming the value and what is allowed
     source        Ho et al. 2020, algorithm 2; Song et al. 2020, eq. 12
+
+    Called again and again for one net, a :class:`Sampler` saves the preparation.
     """
-    if num_images < 0 or batch_size < 1:
-        raise ValueError(
-            f"num_images={num_images}, batch_size={batch_size}: must be at least 0 and 1"
-        )
-    plan = _plan(proc, sampler, steps, spacing, variance, eta)
-    plan.clip, plan.recompute_eps, plan.seed = clip, recompute_eps, seed
-    device = _device(net, x_T, device)
-    shape = _image_shape(net, x_T, image_size, channels)
-    for name, given in (("y", y), ("x_T", x_T)):
-        if given is not None and given.shape[0] != num_images:
-            raise ValueError(f"{name} has {given.shape[0]} rows, must be num_images={num_images}")
+    draw = Sampler(
+        net, proc, sampler=sampler, steps=steps, eta=eta, spacing=spacing, variance=variance,
+        clip=clip, batch_size=batch_size, recompute_eps=recompute_eps,
+        shape=_image_shape(net, x_T, image_size, channels), device=_device(net, x_T, device),
+        dtype=dtype,
+    )  # fmt: skip
+    return draw(num_images, y=y, seed=seed, first_index=first_index, x_T=x_T, on_step=on_step)
 
-    images = torch.empty((num_images, *shape), device=device)
-    with torch.inference_mode(), _eval_mode(net):
-        for start in range(0, num_images, batch_size):
-            rows = slice(start, start + batch_size)
-            batch_y = None if y is None else _pad(y[rows].to(device), batch_size)
-            if x_T is None:
-                x = plan.noise(
-                    (batch_size, *shape), Stream.SAMPLER_START, 0, first_index + start, device
+
+class Sampler:
+    """Draws batches of images through buffers that keep their addresses.
+
+    On CUDA a step (the net and the update) is captured once and replayed for all steps of all
+    batches; the timesteps and their number lie on the device, and nothing waits for it.
+
+    shape   (C, H, W); None: the net's own.  The other arguments are those of sample_images
+    raises  ValueError naming the value and what is allowed
+    """
+
+    def __init__(
+        self,
+        net: Callable[..., Tensor],
+        proc: Diffusion,
+        *,
+        sampler: str = "ddim",
+        steps: int | None = None,
+        eta: float = 0.0,
+        spacing: str = "leading",
+        variance: str = "fixed_large",
+        clip: bool = True,
+        batch_size: int = 64,
+        recompute_eps: bool = True,
+        shape: tuple[int, int, int] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1")
+        self.times = _timesteps(proc, sampler, steps, spacing, variance, eta)
+        self.net, self.batch_size, self.clip = _in_dtype(net, dtype), batch_size, clip
+        self.shape = _image_shape(net, None, None, None) if shape is None else shape
+        self.device = device = _device(net, None, device)
+        self._update = {
+            "eta": eta if sampler == "ddim" else None, "variance": variance, "clip": clip,
+            "recompute_eps": recompute_eps,
+        }  # fmt: skip
+        self._table = proc.table(device)
+        self._visited = torch.tensor([*self.times, -1], device=device)
+        self._at = torch.zeros(1, dtype=torch.int64, device=device)  # in self._visited
+        self._seed, self._first_index = torch.zeros(2, dtype=torch.int64, device=device).unbind()
+        layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+        self._x, self._x_0 = (
+            torch.empty(batch_size, *self.shape, device=device).to(memory_format=layout)
+            for _ in range(2)
+        )
+        self._dtype = dtype or torch.float32
+        self._input = self._x if dtype is None else self._x.to(dtype)  # what the net sees
+        self._y = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self._steps = {
+            has_classes: CapturedCall(lambda classes=has_classes: self._step(classes), device)
+            for has_classes in (False, True)
+        }
+
+    def __call__(
+        self,
+        num_images: int,
+        *,
+        y: Tensor | None = None,
+        seed: int = 0,
+        first_index: int = 0,
+        x_T: Tensor | None = None,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Draw num_images; arguments and result as sample_images'."""
+        if num_images < 0:
+            raise ValueError(f"num_images={num_images} must not be negative")
+        for name, given in (("y", y), ("x_T", x_T)):
+            if given is not None and given.shape[0] != num_images:
+                raise ValueError(
+                    f"{name} has {given.shape[0]} rows, must be num_images={num_images}"
                 )
-            else:
-                x = _pad(x_T[rows].to(device, torch.float32), batch_size)
-            x = _denoise(net, x, batch_y, plan, first_index + start, on_step)
-            images[rows] = x[: images[rows].shape[0]]
-    return images.clamp(-1, 1) if clip else images
+        images = torch.empty((num_images, *self.shape), device=self.device)
+        with torch.inference_mode(), _eval_mode(self.net):
+            self._seed.fill_(seed)
+            for start in range(0, num_images, self.batch_size):
+                rows = slice(start, start + self.batch_size)
+                self._start(None if x_T is None else x_T[rows], seed, first_index + start)
+                if y is not None:
+                    self._y.copy_(_pad(y[rows].to(self.device), self.batch_size))
+                self._denoise(y is not None, on_step)
+                images[rows] = self._x[: images[rows].shape[0]]
+        return images.clamp(-1, 1) if self.clip else images
+
+    def _start(self, x_T: Tensor | None, seed: int, first_index: int) -> None:
+        """Fill the buffers for the batch that begins with image `first_index`."""
+        if x_T is None:
+            x_T = ops.philox_normal(
+                tuple(self._x.shape), seed=seed, stream=Stream.SAMPLER_START,
+                first_index=first_index, device=self.device,
+            )  # fmt: skip
+        self._x.copy_(_pad(x_T.to(self.device), self.batch_size))
+        self._input.copy_(self._x)
+        self._first_index.fill_(first_index)
+        self._at.zero_()
+
+    def _denoise(self, has_classes: bool, on_step: OnStep | None) -> None:
+        step = self._steps[has_classes]
+        for t in self.times:
+            step()
+            if on_step is not None:
+                on_step(t, self._x.clone(), self._x_0.clone())
+
+    def _step(self, has_classes: bool) -> None:
+        """One step of the batch as a function of the buffers."""
+        t, t_prev = self._visited[self._at], self._visited[self._at + 1]  # (1,)
+        times = t.expand(self.batch_size).contiguous()
+        eps = self.net(self._input, times, *([self._y] if has_classes else []))
+        if eps.untyped_storage().data_ptr() == self._x.untyped_storage().data_ptr():
+            eps = eps.clone()  # a net that returns what it was given
+        low_precision = self._input is not self._x
+        ops.posterior_step(
+            self._x, eps, t[0], self._table, t_prev=t_prev[0], seed=self._seed, step=t[0],
+            first_index=self._first_index, copy_dtype=self._dtype if low_precision else None,
+            out=(self._x, self._x_0, self._input) if low_precision else (self._x, self._x_0),
+            **self._update,
+        )  # fmt: skip
+        self._at += 1
 
 
-@dataclass
-class _Plan:
-    """Everything a batch needs beside its start."""
-
-    sampler: str
-    steps: list[tuple[int, float, float]]  # (t, abar_t, abar_prev), most noise first
-    variance: str
-    eta: float
-    clip: bool = True
-    recompute_eps: bool = True
-    seed: int = 0
-
-    def noise(self, shape: tuple[int, ...], stream: int, step: int, first: int, device) -> Tensor:
-        return ops.philox_normal(
-            shape, seed=self.seed, stream=stream, step=step, first_index=first, device=device
-        )
-
-
-def _plan(
+def _timesteps(
     proc: Diffusion, sampler: str, steps: int | None, spacing: str, variance: str, eta: float
-) -> _Plan:
+) -> list[int]:
+    """The timesteps visited, most noise first."""
     if sampler not in SAMPLERS:
         raise ValueError(
             f"sampler={sampler!r}{nearest(sampler, SAMPLERS)} must be one of {', '.join(SAMPLERS)}"
         )
-    if variance not in VARIANCES:
-        raise ValueError(f"variance={variance!r} must be one of {', '.join(VARIANCES)}")
+    if variance not in FIXED_VARIANCES:
+        raise ValueError(f"variance={variance!r} must be one of {', '.join(FIXED_VARIANCES)}")
     if not 0 <= eta <= 1:
         raise ValueError(f"eta={eta} must be from 0 to 1")
     if steps is None:
         steps = min(DDIM_STEPS, proc.num_timesteps) if sampler == "ddim" else proc.num_timesteps
-    times = sampling_timesteps(proc.num_timesteps, steps, spacing)
-    previous = [*times[1:], -1]
-    rows = [(t, proc.abar(t), proc.abar(p)) for t, p in zip(times, previous, strict=True)]
-    return _Plan(sampler, rows, variance, eta)
+    return sampling_timesteps(proc.num_timesteps, steps, spacing)
 
 
-def _denoise(
-    net: Callable[..., Tensor],
-    x: Tensor,
-    y: Tensor | None,
-    plan: _Plan,
-    first: int,
-    on_step: OnStep | None,
-) -> Tensor:
-    """(B, C, H, W) of noise -> (B, C, H, W) of images."""
-    last = plan.steps[-1][0]
-    for t, abar_t, abar_prev in plan.steps:
-        times = torch.full((x.shape[0],), t, dtype=torch.int64, device=x.device)
-        eps = net(x, times) if y is None else net(x, times, y)
-        noisy = t != last and (plan.sampler == "ddpm" or plan.eta > 0)
-        noise = (
-            plan.noise(tuple(x.shape), Stream.SAMPLER_NOISE, t, first, x.device) if noisy else None
-        )
-        if plan.sampler == "ddpm":
-            x, x_0 = ddpm_step(
-                x, eps, abar_t, abar_prev, clip=plan.clip, variance=plan.variance, noise=noise
-            )
-        else:
-            x, x_0 = ddim_step(
-                x, eps, abar_t, abar_prev, eta=plan.eta, clip=plan.clip,
-                recompute_eps=plan.recompute_eps, noise=noise,
-            )  # fmt: skip
-        if on_step is not None:
-            on_step(t, x, x_0)
-    return x
+def _in_dtype(net: Callable[..., Tensor], dtype: torch.dtype | None) -> Callable[..., Tensor]:
+    """The net itself, or a copy of a module in another dtype."""
+    if dtype is None or not isinstance(net, nn.Module):
+        return net
+    return copy.deepcopy(net).to(dtype)
 
 
 def _device(

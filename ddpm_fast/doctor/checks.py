@@ -28,7 +28,7 @@ CHECKS = (
     *(Check(name, partial(kernels.check_resources, name), needed=False) for name in MODULES),
     Check("attention runs", kernels.check_attention_path, needed=False),
     Check("Philox", pieces.check_philox),
-    Check("q_sample", pieces.check_q_sample),
+    Check("Noising", pieces.check_noising),
     Check("U-Net", pieces.check_unet),
     Check("Digits data", pieces.check_digits),
     Check("Checkpoint", pieces.check_checkpoint),

@@ -66,7 +66,7 @@ def check_philox() -> Finding:
     return Finding(f"published vector met: {', '.join(impls)}")
 
 
-def check_q_sample() -> Finding:
+def check_noising() -> Finding:
     """x_t against its formula in fp64, with the generator's own noise."""
     import torch
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     SPECS: tuple[KernelSpec, ...]
 
-MODULES = ("philox", "dropout", "group_norm_silu", "attention")
+MODULES = ("philox", "dropout", "q_sample", "posterior_step", "group_norm_silu", "attention")
 
 
 def __getattr__(name: str) -> Any:

@@ -5,15 +5,25 @@ sizes, DTYPE_CODES and a stream handle. Its absence is no error until a fused op
 """
 
 import functools
+import os
+import warnings
 from types import ModuleType
+from typing import Any
 
 import torch
+from torch import Tensor
+
+from ddpm_fast.kernels.impl import chosen_impl
 
 BUILD_COMMAND = "pip install -e ."
 CUDA_BUILD_COMMAND = "DDPM_FAST_CUDA=1 pip install -e ."
 
 # csrc/kernels.h, enum class Dtype
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+SOURCE_DTYPE_CODES = DTYPE_CODES | {torch.uint8: 4}
+
+# Subclasses (fake tensors, DTensor) have no address: the dispatcher knows what to do with them.
+PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 
 try:
     from ddpm_fast import _C
@@ -55,6 +65,22 @@ def why_missing(device_type: str = "cpu") -> str | None:
     return None if torch.compiler.is_compiling() else _why_cuda_unusable()
 
 
+def use_extension(impl: str, device: torch.device) -> bool:
+    """Whether `impl` means the extension on this device; RuntimeError for a "fused" it lacks."""
+    impl = chosen_impl(impl)
+    if impl == "reference":
+        return False
+    why = why_missing(device.type)
+    if why is None:
+        return True
+    if impl == "fused":
+        raise RuntimeError(f'impl="fused": {why}')
+    if not torch.compiler.is_compiling():  # dynamo cannot trace a warning
+        message = f"ddpm_fast runs its plain-torch reference: {why}"
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
+    return False
+
+
 @functools.cache
 def _why_cuda_unusable() -> str | None:
     error = _C.cuda.why_unusable()
@@ -67,3 +93,45 @@ def _why_cuda_unusable() -> str | None:
 def cuda_target(device: torch.device) -> tuple[int, int]:
     """The device's index and its current stream's handle; launch under a guard of that device."""
     return device.index, torch.cuda.current_stream(device).cuda_stream
+
+
+def may_read(tensor: Tensor) -> bool:
+    """Whether a check may read the tensor's values on the host.
+
+    On CPU yes. On CUDA the host would wait: only with DDPM_FAST_CHECK=1, and not while a graph is
+    captured. Never while compiling, or of a subclass.
+    """
+    if torch.compiler.is_compiling() or type(tensor) not in PLAIN_TENSORS:
+        return False
+    if tensor.device.type == "cpu":
+        return True
+    if tensor.device.type != "cuda" or os.environ.get("DDPM_FAST_CHECK") != "1":
+        return False
+    return not torch.cuda.is_current_stream_capturing()
+
+
+def may_launch(*tensors: Tensor | None) -> bool:
+    """Whether an op of these tensors needs no dispatcher: eager, plain tensors, no gradient."""
+    if torch.compiler.is_compiling():
+        return False
+    recording = torch.is_grad_enabled()
+    return all(
+        tensor is None
+        or (type(tensor) in PLAIN_TENSORS and not (recording and tensor.requires_grad))
+        for tensor in tensors
+    )
+
+
+def address(tensor: Tensor | None) -> int:
+    """What the extension takes for a tensor; 0 for none. It does not keep the tensor alive."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def call(name: str, device: torch.device, arguments: dict[str, Any]) -> None:
+    """A function of the extension with named arguments, on the device's current stream."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            index, stream = cuda_target(device)
+            getattr(module().cuda, name)(**arguments, device=index, stream=stream)
+    else:
+        getattr(module().cpu, name)(**arguments, threads=torch.get_num_threads())

@@ -14,65 +14,126 @@ The words agree bit for bit between this file's reference and csrc/philox.h, the
 2e-6: there they are fp32 polynomials, here fp64 functions rounded to fp32.
 """
 
-import enum
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ddpm_fast.kernels import extension
+from ddpm_fast.kernels.philox_counters import (
+    MASK,
+    Counter,
+    Stream,
+    check_counters,
+    counter_tensor,
+)
 from ddpm_fast.kernels.spec import Case, Inputs, KernelSpec
 
-MASK = 0xFFFFFFFF
+
+def philox_words(counter: Tensor, key: Tensor, *, impl: str = "auto") -> Tensor:
+    """Philox4x32-10 of given counters: four uint32 words each.
+
+    counter (..., 4)  int64 holding uint32, words c0..c3
+    key     (..., 2)  int64 holding uint32, words k0, k1; broadcast against counter
+    returns (..., 4)  int64 holding uint32
+    raises  ValueError    shape, dtype or device; on CPU also a value outside 0..2**32 - 1
+            RuntimeError  impl="fused" without the extension
+    source  Salmon et al. 2011; the test vectors of Random123
+    """
+    for name, tensor, width in (("counter", counter, 4), ("key", key, 2)):
+        if tensor.dtype != torch.int64:
+            raise ValueError(f"{name} has dtype {tensor.dtype}, must be torch.int64 holding uint32")
+        if tensor.dim() == 0 or tensor.shape[-1] != width:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, must be (..., {width})")
+        if not torch.compiler.is_compiling() and tensor.device.type == "cpu" and tensor.numel():
+            low, high = (int(bound) for bound in tensor.aminmax())
+            if low < 0 or high >= 2**32:
+                wrong = low if low < 0 else high
+                raise ValueError(f"{name} holds {wrong}, values must be in 0..2**32 - 1")
+    if counter.device != key.device:
+        raise ValueError(f"counter is on {counter.device}, key on {key.device}: must be one device")
+    shape = torch.broadcast_shapes(counter.shape[:-1], key.shape[:-1])
+    counter, key = counter.expand(*shape, 4), key.expand(*shape, 2)
+    if extension.use_extension(impl, counter.device):
+        words = torch.ops.ddpm_fast.philox_words(counter.reshape(-1, 4), key.reshape(-1, 2))
+        return words.view(*shape, 4)
+    return reference_words(counter, key)
 
 
-class Stream(enum.IntEnum):
-    """The counter's second word: what a random number is for."""
-
-    USER = 0
-    DATA_ORDER = 1
-    T = 2
-    NOISE = 3
-    FLIP = 4
-    SAMPLER_START = 5
-    SAMPLER_NOISE = 6
-    DROPOUT = 16  # + the layer's number
-
-
-def check_counters(
+def philox_normal(
+    shape: Sequence[int],
     *,
     seed: int,
-    stream: int,
-    step: int,
-    first_index: int,
-    samples: int,
-    elements: int,
-    lanes: int = 4,
-) -> None:
-    """Raises ValueError if a counter field or the seed leaves its range.
+    stream: int = 0,
+    step: int = 0,
+    first_index: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    impl: str = "auto",
+) -> Tensor:
+    """Standard normals that are a function of (seed, stream, step, sample, element) alone.
 
-    elements  of one sample; `lanes` of them share a counter
+    shape        (N, ...)   N samples; the element is the index in the rest, in row-major order
+    seed         0 <= seed < 2**63
+    stream       0 <= stream < 2**32, what the numbers are for; kernels.philox.Stream names ours
+    step         0 <= step < 2**32
+    first_index  the first sample's number; first_index + N <= 2**32
+    dtype        floating; the fp32 value, converted
+    returns      shape, dtype, on device; any split into calls gives the same bits
+    raises       ValueError    a value outside its range
+                 RuntimeError  impl="fused" without the extension
+    source       this file's first lines: Philox4x32-10 and Box-Muller; |z| <= 6.67
     """
-    _check_range("seed", seed, 2**63, "0 <= seed < 2**63")
-    _check_range("stream", stream, 2**32, "0 <= stream < 2**32")
-    _check_range("step", step, 2**32, "0 <= step < 2**32")
-    _check_range("first_index", first_index, 2**32, "0 <= first_index < 2**32")
-    if first_index + samples > 2**32:
-        raise ValueError(
-            f"first_index={first_index} + {samples} samples must be at most 2**32: a sample's"
-            " number is a uint32"
-        )
-    if elements > lanes * 2**32:
-        raise ValueError(f"elements={elements} of a sample must be at most {lanes} * 2**32")
+    counters = {"seed": seed, "stream": stream, "step": step, "first_index": first_index}
+    return _philox_fill(shape, True, counters, dtype, device, impl)
 
 
-def _check_range(name: str, value: int, end: int, rule: str) -> None:
-    if not isinstance(value, int | torch.SymInt) or isinstance(value, bool):
-        raise ValueError(f"{name}={value!r} must be an int, {rule}")
-    if not 0 <= value < end:
-        raise ValueError(f"{name}={value} must satisfy {rule}")
+def philox_uniform(
+    shape: Sequence[int],
+    *,
+    seed: int,
+    stream: int = 0,
+    step: int = 0,
+    first_index: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    impl: str = "auto",
+) -> Tensor:
+    """Uniforms in [0, 1): multiples of 2**-24, so exact in fp32; fp16 and bf16 may round up to 1.
+
+    Arguments, result and errors as philox_normal.
+    """
+    counters = {"seed": seed, "stream": stream, "step": step, "first_index": first_index}
+    return _philox_fill(shape, False, counters, dtype, device, impl)
+
+
+def _philox_fill(
+    shape: Sequence[int],
+    normal: bool,
+    counters: dict[str, int],
+    dtype: torch.dtype,
+    device: torch.device | str,
+    impl: str,
+) -> Tensor:
+    shape = tuple(shape)
+    if len(shape) == 0 or any(size < 0 for size in shape):
+        raise ValueError(f"shape={shape} must be (N, ...) with sizes >= 0")
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype={dtype} must be floating")
+    elements = 1
+    for size in shape[1:]:
+        elements *= size
+    check_counters(**counters, samples=shape[0], elements=elements)
+    device = torch.device(device)
+    if not extension.use_extension(impl, device):
+        values = reference_fill(shape, normal, **counters, device=device)
+    elif torch.compiler.is_compiling():
+        values = torch.ops.ddpm_fast.philox_fill(shape, normal, **counters, device=device)
+    else:
+        values = launch_fill(shape, normal, **counters, device=device)
+    return values.to(dtype)
 
 
 def _multiply_wide(a: Tensor, factor: int) -> tuple[Tensor, Tensor]:
@@ -129,16 +190,16 @@ def reference_fill(
     shape: tuple[int, ...],
     normal: bool,
     *,
-    seed: int,
+    seed: Counter,
     stream: int,
-    step: int,
-    first_index: int,
+    step: Counter,
+    first_index: Counter,
     device: torch.device,
 ) -> Tensor:
     """Normals or uniforms of samples first_index, first_index + 1, ...: `shape` fp32."""
     elements = math.prod(shape[1:])
-    state = torch.tensor([seed, step, first_index], dtype=torch.int64, device=device)
-    words = reference_sample_words(shape[0], -(-elements // 4), *state.unbind(), stream)
+    state = [counter_tensor(counter, device) for counter in (seed, step, first_index)]
+    words = reference_sample_words(shape[0], -(-elements // 4), *state, stream)
     values = reference_box_muller(words) if normal else (words >> 8) * 2.0**-24
     return values.to(torch.float32).flatten(1)[:, :elements].reshape(shape)
 
@@ -178,6 +239,37 @@ def launch_fill(
     else:
         extension.module().cpu.philox_fill(*plan, torch.get_num_threads())
     return out
+
+
+_library = torch.library.Library("ddpm_fast", "FRAGMENT")
+_library.define(
+    "philox_words(Tensor counter, Tensor key) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+)
+_library.define(
+    "philox_fill(SymInt[] shape, bool normal, *, SymInt seed, SymInt stream, SymInt step,"
+    " SymInt first_index, Device device) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _words_op(counter: Tensor, key: Tensor) -> Tensor:
+    return launch_words(counter.contiguous(), key.contiguous())
+
+
+for _key in ("CPU", "CUDA"):
+    _library.impl("philox_words", _words_op, _key)
+# No tensor among its arguments, so no device to dispatch on.
+_library.impl("philox_fill", launch_fill, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("ddpm_fast::philox_words")
+def _words_fake(counter: Tensor, key: Tensor) -> Tensor:
+    return torch.empty_like(counter, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("ddpm_fast::philox_fill")
+def _fill_fake(shape, normal, *, seed, stream, step, first_index, device) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=device)
 
 
 def _make_inputs(values: Mapping[str, Any], dtype: torch.dtype, device: str, seed: int) -> Inputs:

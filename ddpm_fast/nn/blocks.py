@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ddpm_fast import ops
 from ddpm_fast.nn.norm import (
@@ -115,6 +116,21 @@ class ResidualBlock(nn.Module):
 
         `time_emb` comes already activated: the U-Net does it once for all blocks.
         """
+        if self.recompute == "block" and torch.is_grad_enabled():
+            # dropout is drawn by counter, so that there is no generator's state to preserve
+            return checkpoint(
+                self._run, x, time_emb, y, rng, skip, use_reentrant=False, preserve_rng_state=False
+            )
+        return self._run(x, time_emb, y, rng, skip)
+
+    def _run(
+        self,
+        x: Tensor,
+        time_emb: Tensor | None,
+        y: Tensor | None,
+        rng: Tensor | None,
+        skip: Tensor | None,
+    ) -> Tensor:
         fused = fuses(self.norm_1, x, self.impl)
         if skip is not None and not fused:
             x, skip = torch.cat((x, skip), dim=1), None

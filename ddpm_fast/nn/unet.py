@@ -43,6 +43,7 @@ class UNet(nn.Module):
     impl       of its norms and attentions: "auto", "fused" (our kernels or an error), "reference"
     recompute  "norm": outputs of norm + activation are not saved for backward but made again;
                in eager only, as torch.compile chooses by itself
+               "block": nothing inside a residual block is saved, all of it is made again
 
     raises  ValueError   a configuration outside its rules, naming the field and the rule
     """
@@ -101,8 +102,8 @@ class UNet(nn.Module):
         self.activation = _ACTIVATIONS.get(config.activation, config.activation)
         self.img_channels, self.num_classes = img_channels, num_classes
         self.image_size, self.initial_pad = image_size, initial_pad
-        if recompute not in (None, "norm"):
-            raise ValueError(f"recompute={recompute!r} must be None or 'norm'")
+        if recompute not in (None, "norm", "block"):
+            raise ValueError(f"recompute={recompute!r} must be None, 'norm' or 'block'")
         self.impl, self.recompute = impl, recompute
         chosen_impl(impl)
         self._build(config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.progress import track
 
 from ddpm_fast.device import pick_device
-from ddpm_fast.diffusion.sampler import DDIM_STEPS, OnStep, sample_images
+from ddpm_fast.diffusion.sampler import DDIM_STEPS, OnStep, Sampler
 from ddpm_fast.errors import UsageError
 from ddpm_fast.images import grid, grid_scale, save_gif, save_png, to_uint8
 from ddpm_fast.loading import Trained, load_trained
@@ -37,33 +38,46 @@ def draw(options: SampleOptions) -> None:
     except ValueError as error:
         raise UsageError(str(error)) from None
     _check(options, trained)
-    identity = {**options.identity(), "weights": _fingerprint(trained)}
+    dtype = _dtype(options, device)
+    precision = "fp32" if dtype is None else "bf16"
+    identity = {**options.identity(), "precision": precision, "weights": _fingerprint(trained)}
     folder = SampleFolder(Path(options.out), identity)
     console = Console(highlight=False, soft_wrap=True)
     start, drawn = time.perf_counter(), 0
     batches = range(0, options.num_images, options.images_at_a_time)
     if console.is_terminal:
         batches = track(batches, "sampling", console=console)
-    for first in batches:
-        numbers = range(first, min(first + options.images_at_a_time, options.num_images))
-        if folder.missing(numbers):
-            folder.write(numbers, to_uint8(_sample(options, trained, numbers)))
+    sampler = _sampler(options, trained, dtype)
+    with ThreadPoolExecutor(max_workers=1) as writer:
+        written: Future | None = None  # while a batch is written the next is drawn
+        for first in batches:
+            numbers = range(first, min(first + options.images_at_a_time, options.num_images))
+            if not folder.missing(numbers):
+                continue
+            pixels = to_uint8(_sample(sampler, options, trained, numbers))
+            if written is not None:
+                written.result()
+            written = writer.submit(folder.write, numbers, pixels)
             drawn += len(numbers)
             if not console.is_terminal:
                 console.print(f"{numbers.stop}/{options.num_images} images")
+        if written is not None:
+            written.result()
     seconds = time.perf_counter() - start
     console.print(f"{drawn} images drawn in {seconds:.1f} s, {options.num_images} in {folder.path}")
-    _write_extras(options, trained, folder, console)
+    _write_extras(options, trained, folder, sampler, console)
 
 
-def _sample(
-    options: SampleOptions, trained: Trained, numbers: range, on_step: OnStep | None = None
-) -> torch.Tensor:
-    """The images `numbers`: (N, C, H, W) in [-1, 1]."""
-    return sample_images(
+def _dtype(options: SampleOptions, device: torch.device) -> torch.dtype | None:
+    """What the net is run in; None: fp32, its own."""
+    bf16 = options.precision == "bf16" or (options.precision == "auto" and device.type == "cuda")
+    return torch.bfloat16 if bf16 else None
+
+
+def _sampler(options: SampleOptions, trained: Trained, dtype: torch.dtype | None) -> Sampler:
+    return Sampler(
         trained.net,
         trained.proc,
-        len(numbers),
         sampler=options.sampler,
         steps=options.steps,
         eta=options.eta,
@@ -71,6 +85,20 @@ def _sample(
         variance=options.variance,
         clip=options.clip,
         batch_size=options.images_at_a_time,
+        dtype=dtype,
+    )
+
+
+def _sample(
+    sampler: Sampler,
+    options: SampleOptions,
+    trained: Trained,
+    numbers: range,
+    on_step: OnStep | None = None,
+) -> torch.Tensor:
+    """The images `numbers`: (N, C, H, W) in [-1, 1]."""
+    return sampler(
+        len(numbers),
         y=_classes(options, trained, numbers),
         seed=options.seed,
         first_index=numbers.start,
@@ -86,7 +114,11 @@ def _classes(options: SampleOptions, trained: Trained, numbers: range) -> torch.
 
 
 def _write_extras(
-    options: SampleOptions, trained: Trained, folder: SampleFolder, console: Console
+    options: SampleOptions,
+    trained: Trained,
+    folder: SampleFolder,
+    sampler: Sampler,
+    console: Console,
 ) -> None:
     if options.grid:
         page = folder.read(range(min(options.num_images, ON_A_PAGE)))
@@ -95,13 +127,13 @@ def _write_extras(
         console.print(f"grid         {path}")
     if options.gif:
         path = folder.path / "denoising.gif"
-        save_gif(path, _denoising(options, trained))
+        save_gif(path, _denoising(options, trained, sampler))
         console.print(f"animation    {path}")
     if options.npz:
         console.print(f"array        {folder.write_npz(range(options.num_images))}")
 
 
-def _denoising(options: SampleOptions, trained: Trained) -> list[np.ndarray]:
+def _denoising(options: SampleOptions, trained: Trained, sampler: Sampler) -> list[np.ndarray]:
     """Pages of the first images after evenly chosen steps; the last page is the result."""
     numbers = range(min(options.num_images, IN_THE_GIF, options.images_at_a_time))
     most = DDIM_STEPS if options.sampler == "ddim" else trained.proc.num_timesteps
@@ -117,7 +149,7 @@ def _denoising(options: SampleOptions, trained: Trained) -> list[np.ndarray]:
             pixels = to_uint8(x_t[: len(numbers)])
             pages.append(grid(pixels, scale=grid_scale(pixels.shape[1])))
 
-    _sample(options, trained, numbers, keep)
+    _sample(sampler, options, trained, numbers, keep)
     return pages
 
 

@@ -57,6 +57,8 @@ class SampleOptions:
     """also write denoising.gif, the first images' way from noise"""
     npz: bool = False
     """also write samples.npz: arr_0, uint8 (N, H, W, C), for evaluation tools"""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """that the net runs in; auto: bf16 on CUDA, fp32 elsewhere"""
     device: str = "auto"
     """auto (CUDA if there is one), cpu, cuda, cuda:1, ..."""
 

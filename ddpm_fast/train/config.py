@@ -71,6 +71,8 @@ class TrainConfig:
     """training steps"""
     batch_size: int = 64
     """images a step"""
+    grad_accumulation: int = 1
+    """parts that a step's images are taken through the net in, to save memory"""
     learning_rate: float = 2e-3
     """peak learning rate"""
     lr_schedule: Literal["constant", "cosine"] = "cosine"
@@ -91,6 +93,8 @@ class TrainConfig:
     """let the average forget the first weights faster: decay <= (1 + k) / (10 + k)"""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """bf16 autocast or fp32; auto: bf16 on CUDA, fp32 elsewhere"""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """at a loss or gradient that is not finite: stop, or leave that step out; no weight changes"""
     seed: int = 0
     """the run's only source of randomness"""
 
@@ -99,7 +103,11 @@ class TrainConfig:
     compile: bool = False
     """compile the net with torch.compile where that pays, which is on CUDA"""
     force_compile: bool = False
-    """compile also on CPU"""
+    """compile also on CPU, and stop if it fails"""
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    """replay the step as one CUDA graph; auto: where it can be captured, on: or stop"""
+    recompute: Literal["none", "norm", "block"] = "none"
+    """compute again in the backward pass what is not kept: norms, or whole residual blocks"""
 
     run_dir: str | None = None
     """folder of the run; None: runs/<preset>-<time>"""
@@ -122,14 +130,20 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_preset(self.preset)
-        for name in ("iterations", "batch_size", "num_timesteps", "log_every", "ema_update_rate",
-                     "keep_checkpoints", "sample_images", "sample_steps"):  # fmt: skip
+        for name in ("iterations", "batch_size", "grad_accumulation", "num_timesteps", "log_every",
+                     "ema_update_rate", "keep_checkpoints", "sample_images",
+                     "sample_steps"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         for name in ("sample_every", "checkpoint_every", "warmup_steps", "grad_clip",
                      "weight_decay"):  # fmt: skip
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if self.batch_size % self.grad_accumulation:
+            raise ValueError(
+                f"grad_accumulation={self.grad_accumulation} must divide "
+                f"batch_size={self.batch_size}"
+            )
         if not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"learning_rate={self.learning_rate} must be positive and finite")
         if not 0 <= self.ema_decay < 1:
@@ -179,8 +193,9 @@ RENAMED = {
 
 # What may differ when a run goes on; all else would make it another run.
 RESUMABLE = frozenset({
-    "iterations", "data_root", "device", "compile", "force_compile", "log_every", "sample_every",
-    "sample_images", "sample_steps", "checkpoint_every", "keep_checkpoints", "tensorboard", "wandb",
+    "iterations", "data_root", "device", "compile", "force_compile", "cuda_graph", "recompute",
+    "on_nan", "log_every", "sample_every", "sample_images", "sample_steps", "checkpoint_every",
+    "keep_checkpoints", "tensorboard", "wandb",
 })  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,9 +21,10 @@ from ddpm_fast.images import grid, grid_scale, save_png, to_uint8
 from ddpm_fast.kernels.impl import runs_interpreted
 from ddpm_fast.optimizer import load_state_tensors, state_tensors
 from ddpm_fast.train.config import PROG, Invocation
+from ddpm_fast.train.memory import advice, is_out_of_memory
 from ddpm_fast.train.progress import Display, Measured, peak_gib
 from ddpm_fast.train.run_folder import RunFolder, default_run_dir
-from ddpm_fast.train.setup import compile_net, make_step, open_data
+from ddpm_fast.train.setup import compile_errors, compile_net, make_step, open_data
 from ddpm_fast.train.step import TrainStep
 from ddpm_fast.train.summary import summarise
 from ddpm_fast.train.trackers import Track, open_trackers
@@ -52,7 +54,7 @@ def train(invocation: Invocation) -> None:
             folder.write_config(replace(config, run_dir=str(path)))
             run.announce()
             compile_net(train_step, display.say)
-            run.steps(stop)
+            _within_memory(run, stop)
             if run.step < config.iterations:
                 display.say(
                     f"stopped by {stop[0]} after step {run.step}; checkpoint saved; continue with: "
@@ -77,6 +79,7 @@ class Run:
         self.last_measured: Measured | None = None
         self._trained_steps, self._trained_s = 0, 0.0  # by this process, maintenance left out
         self._saved_step: int | None = None
+        self._trained_any, self._told_skipped, self._told_graph = False, 0, False
         self._start_interval()
 
     def announce(self) -> None:
@@ -94,14 +97,42 @@ class Run:
         """Mean over all logged intervals of this process."""
         return self._trained_steps * self.config.batch_size / max(self._trained_s, 1e-9)
 
+    def _train_one(self) -> None:
+        train_step = self.train_step
+        if self._trained_any or train_step.forward is train_step.net:
+            train_step(self.step)
+        else:
+            self._compile_and_train()
+        self._trained_any = True
+        self.step += 1
+        self.display.stepped(self.step)
+
+    def _compile_and_train(self) -> None:
+        """The first step of a compiled net; eager, with one line, if it cannot be compiled."""
+        start = time.perf_counter()
+        try:
+            with self.display.busy("compiling"):
+                self.train_step(self.step)
+        except compile_errors() as error:
+            path = self.folder.path / "compile_error.txt"
+            path.write_text("".join(traceback.format_exception(error)))
+            why = " ".join(str(error).split("\n")[:2])[:200]  # what failed, and its own error
+            if self.config.force_compile:
+                raise TrainingError(f"--force-compile: {why}; all of it in {path}") from None
+            self.display.say(f"compiling failed, training eager: {why}; all of it in {path}")
+            self.train_step.forward = self.train_step.net
+            self.train_step(self.step)
+        else:
+            self.display.say(
+                f"compiled, with the first step, in {time.perf_counter() - start:.0f} s"
+            )
+
     def steps(self, stop: list[str]) -> None:
         """Train until `stop` holds a reason or all steps are done, then save."""
         config = self.config
         self._start_interval()
         while self.step < config.iterations and not stop:
-            self.train_step(self.step)
-            self.step += 1
-            self.display.stepped(self.step)
+            self._train_one()
             if self.step == 1 or self.step % config.log_every == 0 or self._is_last():
                 self._measure()
             with self._maintenance():
@@ -200,6 +231,7 @@ class Run:
             peak_gib=round(peak_gib(self.device), 3),
         )
         self._check_finite()
+        self._tell_news()
         self.last_measured = measured
         self.folder.add_metrics(measured.row())
         seconds_left = (self.config.iterations - self.step) * seconds / steps
@@ -208,14 +240,34 @@ class Run:
             track(self.step, {k: v for k, v in measured.row().items() if k != "step"})
         self._start_interval()
 
+    def _tell_news(self) -> None:
+        """Steps that were left out, how the step runs: once each."""
+        skipped = int(self.train_step.skipped)
+        if skipped > self._told_skipped:
+            self.display.say(
+                f"warning: {skipped - self._told_skipped} steps up to {self.step} were not finite "
+                "and left out; no weight changed in them"
+            )
+            self._told_skipped = skipped
+        call = self.train_step.call
+        if self.device.type != "cuda" or self._told_graph or self.config.cuda_graph == "off":
+            return
+        if call.captured:
+            self.display.say("the step is one CUDA graph")
+        elif call.why_not is not None:
+            if self.config.cuda_graph == "on":
+                raise TrainingError(f"--cuda-graph on: the step cannot be captured: {call.why_not}")
+            self.display.say(f"no CUDA graph, each step is launched anew: {call.why_not}")
+        self._told_graph = call.captured or call.why_not is not None
+
     def _check_finite(self) -> None:
         if not self.train_step.healthy.item():
             loss, norm = self.train_step.loss.item(), self.train_step.grad_norm.item()
             steps = checkpoint.steps_in(self.folder.checkpoints)
             kept = f"the checkpoint of step {steps[-1]} is untouched" if steps else "none was saved"
             raise TrainingError(
-                f"loss {loss}, gradient norm {norm} at step {self.step}: training diverged; "
-                f"{kept}; try a smaller --learning-rate or --precision fp32"
+                f"loss {loss}, gradient norm {norm} up to step {self.step}: training diverged; "
+                f"{kept}; try a smaller --learning-rate, --precision fp32 or --on-nan skip"
             )
 
     def _start_interval(self) -> None:
@@ -237,6 +289,18 @@ class Run:
 
     def _is_last(self) -> bool:
         return self.step == self.config.iterations
+
+
+def _within_memory(run: Run, stop: list[str]) -> None:
+    """run.steps(stop); TrainingError saying what would fit where that does not."""
+    try:
+        run.steps(stop)
+        return
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        error.__traceback__ = None  # it holds the step's tensors
+    raise TrainingError(advice(run.train_step))
 
 
 def _due(step: int, every: int) -> bool:

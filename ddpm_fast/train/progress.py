@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from ddpm_fast.train.run_folder import RunFolder
 
@@ -71,6 +73,19 @@ class Display:
         """A line for the terminal and log.txt."""
         self.console.print(line, markup=False)
         self.folder.log(line)
+
+    @contextmanager
+    def busy(self, what: str) -> Iterator[None]:
+        """A spinner with the time elapsed, on a terminal."""
+        if self._bar is None:
+            yield
+            return
+        self._bar.stop()
+        columns = (SpinnerColumn(), TextColumn(what), TimeElapsedColumn())
+        with Progress(*columns, console=self.console, transient=True) as spinner:
+            spinner.add_task(what, total=None)
+            yield
+        self._bar.start()
 
     def stepped(self, step: int) -> None:
         """`step` steps are done."""

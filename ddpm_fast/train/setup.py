@@ -70,11 +70,12 @@ def make_step(config: TrainConfig, images: ImageSet, device: torch.device) -> Tr
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        net = UNet.from_config(net_config)
+        net = UNet.from_config(
+            net_config, recompute=None if config.recompute == "none" else config.recompute
+        )
     net = net.to(device, memory_format=torch.channels_last)
     batches = Batches(
         images, batch_size=config.batch_size, seed=config.seed, device=device,
-        flip=config.flip == "on" or (config.flip == "auto" and images.photographs),
         use_labels=config.use_labels,
     )  # fmt: skip
     try:
@@ -93,6 +94,7 @@ def make_step(config: TrainConfig, images: ImageSet, device: torch.device) -> Tr
         config, net=net, proc=proc, batches=batches, optimizer=optimizer,
         ema=EMA(net, config.ema_decay, warmup=config.ema_warmup),
         autocast_dtype=torch.bfloat16 if bf16 else None,
+        flip=config.flip == "on" or (config.flip == "auto" and images.photographs),
     )  # fmt: skip
 
 
@@ -111,3 +113,11 @@ def compile_net(train_step: TrainStep, say: Callable[[str], None]) -> None:
         return
     say("compiling: the first step takes up to some minutes")
     train_step.forward = torch.compile(train_step.net, fullgraph=True)
+
+
+def compile_errors() -> tuple[type[Exception], ...]:
+    """What a failing torch.compile raises at the first call; imports the compiler."""
+    from torch._dynamo.exc import TorchDynamoException
+    from torch._inductor.exc import InductorError
+
+    return TorchDynamoException, InductorError

@@ -10,6 +10,7 @@ from torch import Tensor
 from ddpm_fast.data.batches import Batches
 from ddpm_fast.diffusion.process import Diffusion
 from ddpm_fast.ema import EMA
+from ddpm_fast.graphs import CapturedCall
 from ddpm_fast.nn.unet import UNet
 from ddpm_fast.optimizer import learning_rate_at
 from ddpm_fast.train.config import TrainConfig
@@ -19,8 +20,13 @@ class TrainStep:
     """Everything a step reads and writes, and the step itself.
 
     A step is a function of (config.seed, step) and of the state before it: data order, t, noise,
-    flips and dropout are drawn by counter. `loss` and `grad_norm` hold the last step's values and
-    `healthy` whether all so far were finite; they stay on the device until somebody reads them.
+    flips and dropout are drawn by counter. On CUDA it is captured once and replayed: what changes
+    from step to step is written to buffers before it.
+
+    loss, grad_norm  () fp32: the last step's
+    healthy          () bool: all steps were finite, or skipped;  skipped  () int64: how many were
+    These stay on the device until somebody reads them. A step whose loss or gradient is not finite
+    changes no weight; unless such steps are skipped (config.on_nan), no later one does either.
     """
 
     def __init__(
@@ -33,36 +39,89 @@ class TrainStep:
         optimizer: torch.optim.Optimizer,
         ema: EMA,
         autocast_dtype: torch.dtype | None,
+        flip: bool,
     ) -> None:
         self.config, self.net, self.proc, self.batches = config, net, proc, batches
         self.optimizer, self.ema, self.autocast_dtype = optimizer, ema, autocast_dtype
+        self.flip = flip
         self.forward: Callable[..., Tensor] = net  # or its compiled form
         self.parameters = list(net.parameters())
         device = batches.device
+        self.rng = torch.tensor([config.seed, 0, 0], device=device)  # seed, step, first_index
         self.loss = torch.zeros((), device=device)
         self.grad_norm = torch.zeros((), device=device)
         self.healthy = torch.ones((), dtype=torch.bool, device=device)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self._refused = torch.zeros((), device=device)
+        optimizer.found_inf = self._refused  # torch's fused optimizers leave all as it is where 1
+        size = batches.batch_size // config.grad_accumulation
+        self._parts = [slice(at, at + size) for at in range(0, batches.batch_size, size)]
+        self.call = CapturedCall(self._run, device, wanted=config.cuda_graph != "off")
 
     def __call__(self, step: int) -> None:
         """Run step number `step`, counted from 0."""
-        config = self.config
-        self.net.set_rng(config.seed, step)
-        x_0, y = self.batches.at(step)
-        with self.autocast():
-            loss = self.proc.loss(self.forward, x_0, y, seed=config.seed, step=step)
+        self.batches.load(step)
+        self.rng[1].fill_(step)  # a launch, where copying from the host would wait
+        self._set_learning_rate(self.learning_rate(step))
+        self.call()
+        if (step + 1) % self.config.ema_update_rate == 0:
+            self.ema.update(self.net)  # not captured: its decay changes
+
+    def _run(self) -> None:
+        """The step as a function of the buffers."""
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        self.loss.zero_()
+        for part in self._parts:
+            self.backward(part)
         norm = torch.nn.utils.clip_grad_norm_(
-            self.parameters, config.grad_clip or float("inf"), foreach=True
+            self.parameters, self.config.grad_clip or float("inf"), foreach=True
         )
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(step)
-        self.optimizer.step()
-        if (step + 1) % config.ema_update_rate == 0:
-            self.ema.update(self.net)
-        self.loss.copy_(loss.detach())
         self.grad_norm.copy_(norm)
-        self.healthy &= torch.isfinite(self.loss) & torch.isfinite(self.grad_norm)
+        self._judge()
+        self.optimizer.step()
+
+    def backward(self, rows: slice) -> None:
+        """Add a part of the batch's share of the loss and of the gradients."""
+        batches, share = self.batches, 1 / len(self._parts)
+        seed, step, first_index = self.rng.unbind()
+        first_index = first_index + rows.start
+        self.net.rng.copy_(torch.stack((seed, step, first_index)))
+        with self.autocast():
+            loss = self.proc.loss(
+                self.forward,
+                batches.x_0 if batches.rows is not None else batches.x_0[rows],
+                None if batches.y is None else batches.y[rows],
+                rows=None if batches.rows is None else batches.rows[rows],
+                flip=self.flip,
+                memory_format=self._memory_format,
+                seed=seed,
+                step=step,
+                first_index=first_index,
+            )
+        (loss * share).backward()
+        self.loss += loss.detach() * share
+
+    def _judge(self) -> None:
+        """Refuse the update of a step that is not finite."""
+        finite = torch.isfinite(self.loss) & torch.isfinite(self.grad_norm)
+        if self.config.on_nan == "skip":
+            self.skipped += ~finite
+            self._refused.copy_(~finite)
+        else:
+            self.healthy &= finite
+            self._refused.copy_(~self.healthy)
+
+    @property
+    def _memory_format(self) -> torch.memory_format:
+        on_cuda = self.batches.device.type == "cuda"
+        return torch.channels_last if on_cuda else torch.contiguous_format
+
+    def _set_learning_rate(self, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
 
     def learning_rate(self, step: int) -> float:
         config = self.config

@@ -3,7 +3,6 @@ import torch
 
 import ddpm_fast as df
 from ddpm_fast.diffusion.loss import distance
-from ddpm_fast.diffusion.prediction import x_0_from_eps
 from tests import original
 
 
@@ -49,6 +48,20 @@ def test_noise_and_timesteps_belong_to_the_sample_not_to_the_batch():
     assert not torch.equal(proc.q_sample(x_0, t, seed=2, step=9)[1], noise)
 
 
+def test_rows_of_a_resident_set_are_noised_as_the_images_they_name():
+    proc, rows = df.Diffusion(), torch.tensor([4, 0, 4])
+    images = torch.randint(0, 256, (6, 1, 4, 4), dtype=torch.uint8)
+    seen = []
+
+    def net(x_t, t, y):
+        seen.append((x_t, t))
+        return x_t
+
+    for x_0, given in ((images, rows), (images[rows].float() / 127.5 - 1, None)):
+        proc.loss(net, x_0, rows=given, seed=1, step=2, flip=True)
+    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+
+
 def test_timesteps_are_uniform():
     t = df.Diffusion(num_timesteps=50).draw_timesteps(100_000, seed=0, step=0)
     counts = torch.bincount(t, minlength=50)
@@ -62,9 +75,9 @@ def test_a_perfect_net_has_no_loss_and_recovers_x_0():
     x_0, t = torch.randn(4, 1, 4, 4), torch.tensor([0, 10, 400, 900])
     x_t, eps = proc.q_sample(x_0, t)
     assert proc.loss(lambda *_: eps, x_0, t=t, noise=eps) == 0
-    for i in range(4):
-        found = x_0_from_eps(x_t[i].double(), eps[i].double(), proc.abar(int(t[i])))
-        torch.testing.assert_close(found, x_0[i].double(), rtol=0, atol=2e-4)  # / sqrt(abar) = 70
+    table = proc.table(x_t.device)
+    _, found = df.ops.posterior_step(x_t, eps, t, table, clip=False)
+    torch.testing.assert_close(found, x_0, rtol=0, atol=2e-4)  # / sqrt(abar) = 70
 
 
 def test_losses_are_their_formulas():
@@ -91,7 +104,7 @@ def test_bad_input_names_the_value_and_the_rule():
         ((x_0, t[:1]), {}, r"t has shape \(1,\), must be \(2,\)"),
         ((x_0, t + 1), {}, "t holds 100, must be from 0 to 99"),
         ((x_0, t - 1), {}, "t holds -1, must be from 0 to 99"),
-        ((x_0.byte(), t), {}, "torch.uint8, must be floating point"),
+        ((x_0.long(), t), {}, "torch.int64"),
         ((x_0, t), {"noise": x_0[:1]}, r"noise has shape \(1, 1, 4, 4\)"),
         ((x_0, t), {"step": -1}, "step=-1"),
     ]:

@@ -5,7 +5,6 @@ import torch
 from safetensors.torch import load_file
 
 import ddpm_fast as df
-from ddpm_fast.diffusion.prediction import ddpm_step, posterior_mean, x_0_from_eps
 from ddpm_fast.diffusion.schedule import sampling_timesteps
 from tests import original
 
@@ -42,14 +41,14 @@ STEPS = (999, 500, 100, 10, 1, 0)
 def test_ddpm_step_is_diffusers(index, name, variance, clip):
     proc, t = df.Diffusion(), STEPS[index]
     expected = V[f"ddpm_{name}_steps_999_500_100_10_1_0"][index]
-    found, _ = ddpm_step(
+    found, _ = df.ops.posterior_step(
         V["x_T"],
         stand_in(V["x_T"], torch.full((2,), t)),
-        proc.abar(t),
-        proc.abar(t - 1),
+        t,
+        proc.alphas_cumprod,
         clip=clip,
         variance=variance,
-        noise=V["ddpm_noise"] if t else None,
+        noise=V["ddpm_noise"],
     )
     # diffusers' tables are fp32: 1 - alphas_cumprod cancels at small t
     assert original.relative(found, expected) < (2e-4 if t == 1 else 3e-5)
@@ -62,19 +61,20 @@ def test_reverse_mean_is_the_originals(name):
     t = torch.full((v["x"].shape[0],), 23)
     with torch.no_grad():
         eps = net(v["x"], t, v.get("y"))
-    x_0 = x_0_from_eps(v["x"], eps, proc.abar(23))
-    found = posterior_mean(v["x"], x_0, proc.abar(23), proc.abar(22))
+    found, _ = df.ops.posterior_step(
+        v["x"], eps, 23, proc.alphas_cumprod, clip=False, noise=torch.zeros_like(v["x"])
+    )
     assert original.relative(found, v["posterior_mean_t23"]) < 1e-5  # fp32 tables there
 
 
-def test_eta_one_adds_ddpms_small_variance():
-    from ddpm_fast.diffusion.prediction import ddim_std, posterior_std
-
-    proc = df.Diffusion()
+def test_eta_one_is_ddpm_with_its_small_variance():
+    x_t, eps = torch.randn(2, 4, 3, 8, 8)
     for t in (1, 20, 999):
-        abar, previous = proc.abar(t), proc.abar(t - 1)
-        expected = posterior_std(abar, previous, "fixed_small")
-        assert ddim_std(abar, previous, 1.0) == pytest.approx(expected, rel=1e-12)
+        steps = [
+            df.ops.posterior_step(x_t, eps, t, df.Diffusion().alphas_cumprod, clip=False, **options)
+            for options in (dict(eta=1.0), dict(variance="fixed_small"))
+        ]
+        torch.testing.assert_close(*steps, rtol=1e-5, atol=1e-5)  # other roundings
 
 
 def gaussian_net(proc, std):

@@ -66,16 +66,17 @@ def test_fused_bf16_net_is_as_close_to_fp64_as_the_reference():
     assert distances["fused"] < allowed * distances["reference"], distances
 
 
+@pytest.mark.parametrize("recompute", ["norm", "block"])
 @pytest.mark.parametrize("impl", ["reference", "fused"])
-def test_recomputing_norms_changes_no_gradient(impl):
+def test_recomputing_changes_no_gradient(impl, recompute):
     expected = run(build(impl=impl))
-    found = run(build(impl=impl, recompute="norm"))
+    found = run(build(impl=impl, recompute=recompute))
     assert torch.equal(found[0], expected[0])
     for name, gradient in expected[1].items():
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("recompute, kept", [(None, True), ("norm", False)])
+@pytest.mark.parametrize("recompute, kept", [(None, True), ("norm", False), ("block", False)])
 def test_recomputed_norm_outputs_are_not_kept_for_backward(recompute, kept, monkeypatch):
     outputs, norm_act = [], blocks.norm_act
 
@@ -104,7 +105,7 @@ def test_fused_net_compiles_without_a_graph_break():
 def test_unknown_ways_to_run_are_refused():
     with pytest.raises(ValueError, match="impl='quick' must be one of auto, fused, reference"):
         build(impl="quick")
-    with pytest.raises(ValueError, match="recompute='all' must be None or 'norm'"):
+    with pytest.raises(ValueError, match="recompute='all' must be None, 'norm' or 'block'"):
         build(recompute="all")
 
 

@@ -83,9 +83,9 @@ def test_batches_that_are_there_are_not_drawn_again(draw, monkeypatch):
     drawn = []
     original = command._sample
 
-    def watched(options, trained, numbers):
+    def watched(sampler, options, trained, numbers):
         drawn.append(numbers)
-        return original(options, trained, numbers)
+        return original(sampler, options, trained, numbers)
 
     monkeypatch.setattr(command, "_sample", watched)
     draw()
@@ -209,15 +209,16 @@ def test_the_gifs_last_frame_is_the_last_step(tiny_run, tmp_path, flags, frames)
     """Without --steps too, where the net has fewer timesteps than the default."""
     argv = ["--checkpoint", str(tiny_run), "--num-images", "4", *map(str, flags)]
     options, trained = parse_options(argv), load_trained(tiny_run)
-    pages = command._denoising(options, trained)
+    sampler = command._sampler(options, trained, None)
+    pages = command._denoising(options, trained, sampler)
     assert len(pages) == frames
-    expected = images.to_uint8(command._sample(options, trained, range(4)))
+    expected = images.to_uint8(command._sample(sampler, options, trained, range(4)))
     np.testing.assert_array_equal(pages[-1], images.grid(expected, scale=4))
 
 
 @pytest.mark.parametrize("steps", [39, 40, 41, 79, 80, 1000])
 def test_the_gif_has_20_to_40_frames_for_any_number_of_steps(monkeypatch, tiny_run, steps):
-    def pretend(options, trained, numbers, keep):
+    def pretend(sampler, options, trained, numbers, keep):
         x = torch.zeros(4, 1, 16, 16)
         for t in range(steps):
             keep(steps - t, x + t, x)
@@ -225,7 +226,8 @@ def test_the_gif_has_20_to_40_frames_for_any_number_of_steps(monkeypatch, tiny_r
     monkeypatch.setattr(command, "_sample", pretend)
     monkeypatch.setattr(command, "grid", lambda page, scale: page)
     trained = load_trained(tiny_run)
-    pages = command._denoising(SampleOptions(checkpoint="x", steps=steps, num_images=4), trained)
+    options = SampleOptions(checkpoint="x", steps=steps, num_images=4)
+    pages = command._denoising(options, trained, None)
     assert 20 <= len(pages) <= 40
 
 

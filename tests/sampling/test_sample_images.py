@@ -45,6 +45,31 @@ def test_the_same_batch_size_gives_the_same_bits_for_any_split(net, variant):
     assert len({row.sum().item() for row in whole}) == 7
 
 
+def test_64_images_in_one_four_and_64_calls_have_the_same_bits(net):
+    whole = draw(net, 64, sampler="ddpm", batch_size=16)
+    for calls in (4, 64):
+        size = 64 // calls
+        parts = [
+            draw(net, size, first_index=first, sampler="ddpm", batch_size=16)
+            for first in range(0, 64, size)
+        ]
+        assert torch.equal(torch.cat(parts), whole)
+
+
+def test_a_sampler_can_be_called_again_with_and_without_classes():
+    sampler = df.Sampler(lambda x, t, y=None: 0.1 * x, PROC, steps=4, batch_size=3, shape=(1, 4, 4))
+    first = sampler(5, seed=1)
+    assert not torch.equal(sampler(5, seed=2), first)
+    assert torch.equal(sampler(5, seed=1), first)
+    assert torch.equal(sampler(2, seed=1, first_index=3, y=torch.tensor([0, 1])), first[3:])
+
+
+def test_a_net_in_bf16_draws_nearly_the_same_images_and_keeps_its_own_weights(net):
+    low, full = draw(net, dtype=torch.bfloat16), draw(net)
+    assert next(net.parameters()).dtype == torch.float32 and low.dtype == torch.float32
+    assert 0 < (low - full).abs().mean() < 0.05  # bf16 has 8 bits
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("batch_size", [1, 2, 7, 64])
 def test_another_batch_size_changes_images_by_rounding_only(net, variant, batch_size):

@@ -1,0 +1,56 @@
+"""What to do when a step does not fit: try smaller parts of a batch and say which do."""
+
+from __future__ import annotations
+
+import gc
+
+import torch
+
+from ddpm_fast.train.step import TrainStep
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an allocation failed, on CUDA or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def advice(train_step: TrainStep) -> str:
+    """What fits, measured, after an error whose frames no longer hold the step's tensors."""
+    config = train_step.config
+    parts = config.batch_size // config.grad_accumulation
+    fits = largest_part_that_fits(train_step, parts)
+    given = f"out of memory: {parts} images at a time do not fit on {train_step.batches.device}"
+    if fits is None:
+        return f"{given}, and not even one does; a smaller net or another --device may"
+    accumulation = next(
+        k for k in range(1, config.batch_size + 1)
+        if config.batch_size % k == 0 and config.batch_size // k <= fits
+    )  # fmt: skip
+    return (
+        f"{given}, {fits} do (measured): --grad-accumulation {accumulation} trains the same way, "
+        f"--batch-size {fits} on smaller batches, --recompute norm or block saves memory"
+    )
+
+
+def largest_part_that_fits(train_step: TrainStep, tried: int) -> int | None:
+    """The first of tried // 2, tried // 4, ..., 1 whose forward and backward pass fits."""
+    while tried > 1:
+        tried //= 2
+        _free(train_step)
+        try:
+            train_step.backward(slice(0, tried))
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            error.__traceback__ = None  # it holds the pass's tensors
+        else:
+            _free(train_step)
+            return tried
+    return None
+
+
+def _free(train_step: TrainStep) -> None:
+    train_step.optimizer.zero_grad(set_to_none=True)
+    gc.collect()
+    if train_step.batches.device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,197 @@
+"""The training step: parts of a batch, steps that are not finite, compiling, memory."""
+
+import pytest
+import torch
+
+from ddpm_fast.data import open_images
+from ddpm_fast.train import setup
+from ddpm_fast.train.config import TrainConfig
+from ddpm_fast.train.memory import largest_part_that_fits
+from ddpm_fast.train.setup import make_step
+from ddpm_fast.train.step import TrainStep
+
+SMALL = dict(
+    base_channels=8, channel_mults=(1, 2), num_groups=4, attention_resolutions=(1,),
+    time_emb_dim=8, batch_size=8, num_timesteps=20, device="cpu",
+)  # fmt: skip
+
+
+def build(**changes) -> TrainStep:
+    config = TrainConfig(**{**SMALL, **changes})
+    return make_step(config, open_images("digits", data_root="."), torch.device("cpu"))
+
+
+def state_of(step: TrainStep) -> list[torch.Tensor]:
+    """Copies of weights, averages and moments."""
+    moments = [value for state in step.optimizer.state.values() for value in state.values()]
+    return [t.detach().clone() for t in (*step.parameters, *moments, *step.ema.net.parameters())]
+
+
+def poison(step: TrainStep, monkeypatch) -> None:
+    """The net's output is NaN from now on."""
+    monkeypatch.setattr(step, "forward", lambda x, t, y: step.net(x, t, y) * float("nan"))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_batch_in_parts_gives_the_gradients_of_the_whole(dropout):
+    whole, parts = (build(grad_accumulation=k, dropout=dropout, use_labels=True) for k in (1, 4))
+    for step in (whole, parts):
+        step(0)
+    assert parts.loss.item() == pytest.approx(whole.loss.item(), rel=1e-5)
+    assert parts.grad_norm.item() == pytest.approx(whole.grad_norm.item(), rel=1e-5)
+    for a, b in zip(whole.parameters, parts.parameters, strict=True):
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-3, atol=1e-6)  # another order of sums
+
+
+@pytest.mark.parametrize("recompute", ["norm", "block"])
+def test_recomputing_trains_alike(recompute):
+    plain, recomputed = build(dropout=0.3), build(dropout=0.3, recompute=recompute)
+    for step in range(2):
+        plain(step), recomputed(step)
+    assert recomputed.loss.item() == pytest.approx(plain.loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+def test_a_step_that_is_not_finite_changes_no_weight_and_stops_all_later_ones(
+    optimizer, monkeypatch
+):
+    step = build(optimizer=optimizer)
+    step(0)
+    before = [p.detach().clone() for p in step.parameters]
+    with monkeypatch.context() as patch:
+        poison(step, patch)
+        step(1)
+    step(2)
+    assert not step.healthy
+    assert all(torch.equal(a, b) for a, b in zip(before, step.parameters, strict=True))
+
+
+def test_a_skipped_step_leaves_weights_and_moments_and_training_goes_on(monkeypatch):
+    step = build(on_nan="skip", ema_warmup=False, ema_decay=0.0)
+    step(0)
+    before = state_of(step)
+    with monkeypatch.context() as patch:
+        poison(step, patch)
+        step(1)
+    assert all(torch.equal(a, b) for a, b in zip(before, state_of(step), strict=True))
+    step(2)
+    assert step.healthy and int(step.skipped) == 1 and step.loss.isfinite()
+    assert any(not torch.equal(a, b) for a, b in zip(before, state_of(step), strict=True))
+
+
+def test_a_captured_step_would_find_every_buffer_where_it_was():
+    step = build(use_labels=True)
+    kept = (step.rng, step.loss, step.grad_norm, step.batches.rows, step.batches.y, step.net.rng)
+    before = [t.data_ptr() for t in (*kept, *step.parameters)]
+    for number in range(2):
+        step(number)
+    assert [t.data_ptr() for t in (*kept, *step.parameters)] == before
+
+
+def test_the_largest_part_that_fits_is_found_by_trying(monkeypatch):
+    step, backward = build(), TrainStep.backward
+
+    def limited(self, rows):
+        if rows.stop - rows.start > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        backward(self, rows)
+
+    monkeypatch.setattr(TrainStep, "backward", limited)
+    assert largest_part_that_fits(step, 8) == 2
+    assert all(p.grad is None for p in step.parameters)
+
+
+def test_out_of_memory_says_what_fits_and_keeps_the_checkpoint(
+    tmp_path, tiny, refused, train, monkeypatch
+):
+    from ddpm_fast.train.__main__ import main
+
+    run = tmp_path / "run"
+    assert train(run, "--iterations", 2) == 0
+    saved = sorted(run.rglob("*.safetensors"))
+    backward = TrainStep.backward
+
+    def limited(self, rows):
+        if rows.stop - rows.start > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        backward(self, rows)
+
+    monkeypatch.setattr(TrainStep, "backward", limited)
+    message = refused(main, ["--resume", run, "--iterations", 4], 1)
+    assert "8 images at a time do not fit on cpu, 2 do (measured)" in message
+    assert "--grad-accumulation 4" in message
+    assert sorted(run.rglob("*.safetensors")) == saved
+
+
+def test_a_net_that_does_not_compile_is_trained_eager_or_refused(
+    tmp_path, tiny, train, refused, capsys, monkeypatch
+):
+    from ddpm_fast.train.__main__ import main
+
+    def broken_backend(graph, inputs):
+        raise ValueError("no such instruction")
+
+    def fake(train_step, say):
+        torch._dynamo.reset()
+        train_step.forward = torch.compile(train_step.net, backend=broken_backend)
+
+    monkeypatch.setattr("ddpm_fast.train.loop.compile_net", fake)
+    run = tmp_path / "eager"
+    assert train(run, "--iterations", 2) == 0
+    shown = capsys.readouterr().out
+    assert "compiling failed, training eager" in shown and "no such instruction" in shown
+    assert "broken_backend" in (run / "compile_error.txt").read_text()
+    flags = [*tiny, "--iterations", 2, "--force-compile", "--run-dir", tmp_path / "forced"]
+    assert "no such instruction" in refused(main, flags, 1)
+
+
+@pytest.mark.parametrize("name", ["digits", "seed-cifar10", "cifar10"])
+def test_the_whole_step_of_every_preset_traces_without_a_break(name):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    small = dict(base_channels=8, num_groups=4, time_emb_dim=8, batch_size=4, iterations=2)
+    values = {**setup_values(name), **small}
+    step = make_step(
+        TrainConfig(**values, data="digits", grad_accumulation=2, compile=True),
+        open_images("digits", data_root=".") if name == "digits" else rgb_images(),
+        torch.device("cpu"),
+    )
+    eager = step.net
+    step.forward = torch.compile(eager, backend="aot_eager", fullgraph=True)
+    for number in range(3):
+        step(number)
+    assert step.healthy and step.loss.isfinite()
+    compiles = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert compiles == 1, "recompiled for another step"
+
+
+def setup_values(name):
+    from ddpm_fast.train.config import preset_values
+
+    kept = ("preset", "channel_mults", "num_res_blocks", "attention_resolutions", "dropout")
+    return {key: value for key, value in preset_values(name).items() if key in kept}
+
+
+def rgb_images():
+    import numpy as np
+
+    from ddpm_fast.data import ImageSet
+
+    images = np.random.default_rng(0).integers(0, 256, (16, 3, 16, 16), dtype=np.uint8)
+    return ImageSet(images=images, name="noise", photographs=True)
+
+
+def test_values_that_do_not_go_together_are_refused():
+    with pytest.raises(ValueError, match="grad_accumulation=3 must divide batch_size=8"):
+        TrainConfig(**SMALL, grad_accumulation=3)
+
+
+def test_memory_errors_of_both_allocators_are_known():
+    from ddpm_fast.train.memory import is_out_of_memory
+
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_out_of_memory(caught.value)
+    assert not is_out_of_memory(RuntimeError("shape mismatch"))
+    assert setup.compile_errors()
