@@ -7,9 +7,19 @@ import torch
 
 from bench import ceilings as bench_ceilings
 from bench import environment
+from bench.ratios import Ratio, ratio_table
 from bench.replay import replay
 
 pytest.importorskip("pytest_benchmark", reason="pip install pytest-benchmark")
+
+
+RATIOS = pytest.StashKey[list[Ratio]]()
+
+
+@pytest.fixture(scope="session")
+def ratios(request) -> list[Ratio]:
+    """What the table at the end shows; tests append to it."""
+    return request.config.stash.setdefault(RATIOS, [])
 
 
 @pytest.fixture(scope="session")
@@ -52,5 +62,11 @@ def pytest_report_header() -> str:
     return f"ddpm_fast bench: {_line()}"
 
 
-def pytest_terminal_summary(terminalreporter) -> None:
+@pytest.hookimpl(trylast=True)  # after pytest-benchmark's tables
+def pytest_terminal_summary(terminalreporter, config) -> None:
+    found = config.stash.get(RATIOS, [])
+    width = max(terminalreporter._tw.fullwidth, 80)
+    text = ratio_table(found, width, "ours against each baseline, times in turns (above 1: ours)")
+    for line in text.splitlines():
+        terminalreporter.write_line(line)
     terminalreporter.write_line(_line())

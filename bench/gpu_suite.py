@@ -2,7 +2,8 @@
 
 Each stage runs in a process of its own with its share of the time, and writes DIR/<stage>.json
 after each row; a stage that fails or is killed at its limit does not keep the later ones from
-running. Then DIR/summary.json and one table. The sweep's table is DIR/launch_table.json: with
+running. What it found then joins DIR/suite.json, which `python -m bench.report` reads. Then one
+table. The sweep's table is DIR/launch_table.json: with
 DDPM_FAST_LAUNCH_TABLE=DIR/launch_table.json the kernels use it.
 """
 
@@ -20,18 +21,22 @@ from pathlib import Path
 from typing import Any
 
 from bench import environment
-from bench.results import STAGES, read_json, write_json
+from bench.results import STAGES, SUITE, read_json, write_json
 from bench.suite_table import table
 
 # Shares of the time; what a stage does not use is the later ones'.
-WEIGHTS = {"ceilings": 0.4, "build": 1.2, "tests": 2.0, "kernels": 3.0, "sweep": 1.5, "peers": 3.0}
-DRY_RUN_MINUTES = 3.5
+WEIGHTS = {
+    "ceilings": 0.4, "build": 1.2, "tests": 1.5, "kernels": 2.0, "models": 4.0,
+    "graph_parity": 1.5, "long_run": 2.0, "sampling": 1.2, "memory": 0.4, "sweep": 1.0,
+    "parts": 0.3,
+}  # fmt: skip
+DRY_RUN_MINUTES = 4.5
 LOG_CHARACTERS = 20_000  # kept of a stage's output
 GRACE_S = 5.0  # between asking a stage to stop and killing it
 
 
 def run_stage(stage: str, out: Path, seconds: float, dry_run: bool) -> dict[str, Any]:
-    """Run a stage in its own process and process group; returns what summary.json says of it."""
+    """Run a stage in its own process and process group; returns what it found, and how it ended."""
     command = [sys.executable, "-m", "bench.stages", stage, "--out", str(out)]
     command += ["--seconds", f"{seconds:.1f}", *(["--dry-run"] if dry_run else [])]
     start, before = time.monotonic(), environment.clocks()
@@ -57,31 +62,26 @@ def run_stage(stage: str, out: Path, seconds: float, dry_run: bool) -> dict[str,
     data |= {"status": status, "seconds": round(time.monotonic() - start, 1)}
     data |= {"clocks": [before, environment.clocks()], "log": "".join(log)[-LOG_CHARACTERS:]}
     write_json(path, data)
-    summary = {key: data[key] for key in ("stage", "status", "seconds")}
-    return summary | {"rows": len(data["rows"]), "left_out": len(data.get("left_out", []))}
+    return data
 
 
 def run_suite(stages: Sequence[str], out: Path, minutes: float, dry_run: bool) -> int:
     """Run the stages; returns 1 if one failed or was killed."""
     out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * minutes
-    done: list[dict[str, Any]] = []
+    suite: dict[str, Any] = {"dry_run": dry_run, "stages": {}}
+    write_json(out / SUITE, suite)
     for i, stage in enumerate(stages):
         left = max(end - time.monotonic(), 1.0)
         share = WEIGHTS[stage] / sum(WEIGHTS[other] for other in stages[i:])
         print(f"== {stage}: up to {left * share:.0f} s", flush=True)
-        done.append(run_stage(stage, out, left * share, dry_run))
-        write_json(out / "summary.json", _summary(stages, done, out, dry_run))
-    print("\n" + table(out, read_json(out / "summary.json")))
-    return 0 if all(entry["status"] == "done" for entry in done) else 1
-
-
-def _summary(
-    stages: Sequence[str], done: list[dict[str, Any]], out: Path, dry_run: bool
-) -> dict[str, Any]:
-    found = (read_json(out / f"{stage}.json").get("environment") for stage in stages)
-    where = next((each for each in found if each), {"device": "unknown"})
-    return {"dry_run": dry_run, **where, "clocks": environment.clocks(), "stages": done}
+        found = run_stage(stage, out, left * share, dry_run)
+        suite = {**found.pop("environment", {}), **suite}
+        suite["stages"][stage] = found
+        write_json(out / SUITE, suite)
+        (out / f"{stage}.json").unlink(missing_ok=True)
+    print("\n" + table(suite, out))
+    return 0 if all(found["status"] == "done" for found in suite["stages"].values()) else 1
 
 
 def _echo(process: subprocess.Popen, stage: str, log: list[str]) -> None:

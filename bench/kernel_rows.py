@@ -98,7 +98,7 @@ def compare(
     if calls:
         samples = time_in_turns(calls, device, seconds=seconds, cold=True)
         for label, found in samples.items():
-            rows[label] |= found.row()
+            rows[label] |= {"parity": "green"} | found.row()
             rows[label] |= figures(spec, values, dtype, which, found, ceilings)
             if "ours" in samples and label != "ours":
                 rows[label] |= speedup(samples["ours"], found)

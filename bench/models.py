@@ -1,176 +1,232 @@
-"""Whole U-Nets, ours and diffusers': a training step, a forward pass, a sampler's step.
+"""Whole U-Nets and the ways to run them that are measured beside each other.
 
-All are the CIFAR-10 net of Ho et al. with the same loss, optimizer and autocast, channels last
-unless the row says otherwise, on images of fresh noise.
+ours       ddpm_fast.UNet
+original   the original repository's design in plain torch (original_unet.py)
+diffusers  UNet2DModel
+All have the same weights, inputs, loss, optimizer and dropout, on images of fresh noise.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.results import Results
-from bench.timing import time_in_turns
+from bench import diffusers_unet
+from bench.diffusers_unet import weights_for_diffusers
+from bench.original_unet import OriginalUNet
+from ddpm_fast.graphs import CapturedCall
+from ddpm_fast.nn.config import UNetConfig, preset
+from ddpm_fast.nn.unet import UNet
 
-# Seconds that a row takes; compiling forward and backward of this net, with 16 cores, most of it
-EAGER_S, COMPILED_S = 6.0, 90.0
-BATCH, SAMPLING_BATCHES = 512, (1, 16)
-
-Net = Callable[[Tensor, Tensor], Tensor]
+TINY = dict(base_channels=16, channel_mults=(1, 2), num_groups=8, time_emb_dim=16)
+PARITY_IMAGES = 2  # the first of every batch, the same whatever its size
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """A row: how a net is run.
+    """A way to run a preset's net.
 
-    make     (tiny) -> module;  tiny: small enough for a CPU
-    compile  torch.compile's mode, or None for eager
+    net            "ours", "original" or "diffusers"
+    compile        torch.compile's mode, or None for eager
+    channels_last  memory of activations and weights; else NCHW
+    captured       the whole training step as one CUDA graph
+    recompute      ours only: what backward makes again instead of keeping it
     """
 
-    label: str
-    make: Callable[[bool], nn.Module]
-    batch: int = BATCH
+    preset: str = "cifar10"
+    net: str
     compile: str | None = None
     bf16: bool = True
     channels_last: bool = True
-    sampling: bool = False
+    captured: bool = False
+    recompute: str | None = None
+
+    @property
+    def label(self) -> str:
+        words = [self.net, self.compile or "eager", "bf16" if self.bf16 else "fp32"]
+        words[1] = {"default": "compiled"}.get(words[1], words[1])
+        words += ["captured"] if self.captured else []
+        words += [] if self.channels_last else ["NCHW"]
+        words += [f"recompute {self.recompute}"] if self.recompute else []
+        return " ".join(words)
+
+    @property
+    def works(self) -> tuple[str, ...]:
+        return ("training step",) if self.captured else ("training step", "forward")
+
+    @property
+    def in_graph(self) -> bool:
+        """Whether its memory is a CUDA graph's own, of which torch's peak knows nothing."""
+        return self.captured or self.compile == "reduce-overhead"
+
+    def config(self, tiny: bool = False) -> UNetConfig:
+        """tiny: small enough for a test; never all zeros, as a preset's new net is"""
+        return preset(self.preset, **(TINY if tiny else {}), init="torch")
+
+    def why_not(self, device: torch.device) -> str:
+        """Why it cannot run here; "" if it can."""
+        if self.net == "diffusers" and not diffusers_unet.installed():
+            return diffusers_unet.WHY_NOT
+        if device.type == "cuda":
+            return ""
+        if self.captured:
+            return "CUDA graphs need a GPU"
+        if self.compile:
+            return "torch.compile's CPU code says nothing about a GPU's"
+        if not self.channels_last:  # original, training step: 1.12 times channels_last's
+            return "on a CPU channels_last is the faster layout"
+        return "bf16 autocast is measured on a GPU" if self.bf16 else ""
 
 
-def ours(preset: str) -> Callable[[bool], nn.Module]:
-    def make(tiny: bool) -> nn.Module:
-        from ddpm_fast.nn.unet import UNet
-
-        small = dict(base_channels=16, channel_mults=(1, 2), num_groups=8, time_emb_dim=16)
-        return UNet.from_preset(preset, **(small if tiny else {}))
-
-    return make
+def _both(**ways: object) -> tuple[Setup, ...]:
+    return tuple(Setup(net=net, **ways) for net in ("ours", "diffusers"))
 
 
-def diffusers(tiny: bool) -> nn.Module:
-    from diffusers import UNet2DModel
-
-    kinds = ("", "Attn", "", "")[: 2 if tiny else 4]
-    return UNet2DModel(
-        sample_size=32,
-        block_out_channels=(16, 32) if tiny else (128, 256, 256, 256),
-        layers_per_block=2,
-        norm_num_groups=8 if tiny else 32,
-        attention_head_dim=None,
-        down_block_types=tuple(f"{kind}DownBlock2D" for kind in kinds),
-        up_block_types=tuple(f"{kind}UpBlock2D" for kind in reversed(kinds)),
-        dropout=0.1,
-    )
-
-
-SETUPS = (
-    Setup(label="ours seed-cifar10 eager", make=ours("seed-cifar10")),
-    Setup(label="ours seed-cifar10 compiled", make=ours("seed-cifar10"), compile="default"),
-    Setup(label="diffusers eager", make=diffusers),
-    Setup(label="diffusers compiled", make=diffusers, compile="default"),
-    Setup(label="ours cifar10 eager", make=ours("cifar10")),
-    Setup(label="ours cifar10 compiled", make=ours("cifar10"), compile="default"),
+# In order of worth. Every baseline has channels_last and bf16 somewhere: its best row counts.
+TRAINING = (
+    *_both(compile="default"),
+    *_both(compile="default", captured=True),
+    *_both(),
+    *_both(captured=True),
+    Setup(net="original", bf16=False, channels_last=False),  # as its own trainer runs it
+    Setup(net="original"),
+    Setup(net="diffusers", compile="max-autotune-no-cudagraphs"),
+    Setup(net="diffusers", compile="reduce-overhead"),
+    Setup(net="diffusers", compile="default", channels_last=False),
+    *_both(bf16=False),
+    Setup(net="original", bf16=False),
     *(
-        Setup(label=f"{name} {how}", make=make, batch=batch, compile=mode, sampling=True)
-        for batch in SAMPLING_BATCHES
-        for how, mode in (("eager", None), ("reduce-overhead", "reduce-overhead"))
-        for name, make in (("ours cifar10", ours("cifar10")), ("diffusers", diffusers))
+        Setup(preset="seed-cifar10", net=net, **ways)
+        for ways in (dict(compile="default"), dict(), dict(bf16=False))
+        for net in ("ours", "diffusers", "original")
+        if not (net == "original" and "compile" in ways)
     ),
-    Setup(label="diffusers compiled NCHW", make=diffusers, compile="default", channels_last=False),
-    Setup(label="diffusers eager fp32 NCHW", make=diffusers, batch=128, bf16=False,
-          channels_last=False),
-    Setup(label="diffusers max-autotune", make=diffusers, compile="max-autotune-no-cudagraphs"),
-)  # fmt: skip
+)
+SAMPLING = tuple(
+    replace(setup, preset=name)
+    for name in ("cifar10", "seed-cifar10")
+    for setup in (
+        *_both(compile="reduce-overhead"),
+        *_both(),
+        Setup(net="original"),
+        *_both(bf16=False),
+        Setup(net="original", bf16=False),
+    )
+)
+MEMORY = (
+    *_both(),
+    *(Setup(net="ours", recompute=what) for what in ("norm", "block")),
+    Setup(net="original"),
+)
 
 
-def measure_models(results: Results, device: torch.device, dry_run: bool) -> None:
-    """A row or two for each of SETUPS, as far as time goes."""
-    for setup in SETUPS:
-        batch = min(2, setup.batch) if dry_run else setup.batch
-        name = f"{setup.label} {'bf16' if setup.bf16 else 'fp32'} batch {batch}"
-        if setup.make is diffusers and importlib.util.find_spec("diffusers") is None:
-            results.add(name, why_not="diffusers is not installed: pip install diffusers")
-        elif dry_run and setup.compile:
-            results.add(name, why_not="a dry run compiles nothing")
-        elif not results.over(name, _needs_s(setup)):
-            try:
-                _measure(results, setup, name, batch, device, dry_run)
-            except torch.cuda.OutOfMemoryError as error:
-                results.add(name, why_not=str(error).partition(".")[0])
-            torch._dynamo.reset()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+class Model:
+    """A setup's net on a device with its inputs, ready to run.
 
+    training  in training mode with an optimizer, else in eval mode
+    """
 
-def _needs_s(setup: Setup) -> float:
-    return EAGER_S if not setup.compile else COMPILED_S / 2 if setup.sampling else COMPILED_S
+    def __init__(
+        self,
+        setup: Setup,
+        device: torch.device,
+        images: int,
+        *,
+        training: bool = False,
+        tiny: bool = False,
+    ) -> None:
+        self.setup, self.config, self.device = setup, setup.config(tiny), device
+        self.images, self.training, self.tiny = images, training, tiny
+        layout = torch.channels_last if setup.channels_last else torch.contiguous_format
+        self.net = _net(setup, self.config).to(device, memory_format=layout).train(training)
+        self.called: Callable[..., object] = self.net
+        if setup.compile:
+            self.called = torch.compile(self.net, mode=setup.compile, dynamic=False)
+        x, self.t, eps = (each.to(device) for each in inputs(images, side_of(tiny)))
+        self.x, self.eps = (each.contiguous(memory_format=layout) for each in (x, eps))
+        if training:
+            self.optimizer = torch.optim.AdamW(
+                self.net.parameters(), lr=2e-4, fused=True, capturable=setup.captured
+            )
+            self.step: Callable[[], None] = self._step
+            if setup.captured:
+                self.step = CapturedCall(self._step, device)
 
+    def eps_of(self, x: Tensor, t: Tensor, y: None = None) -> Tensor:
+        """The net's output as this setup computes it; what a sampler calls."""
+        return self._run(self.called, x, t)
 
-def _measure(
-    results: Results, setup: Setup, name: str, batch: int, device: torch.device, tiny: bool
-) -> None:
-    torch.manual_seed(0)
-    layout = torch.channels_last if setup.channels_last else torch.contiguous_format
-    net = setup.make(tiny).to(device, memory_format=layout).train(not setup.sampling)
-    side = 16 if tiny else 32
-    x = torch.randn(batch, 3, side, side, device=device).contiguous(memory_format=layout)
-    t = torch.randint(0, 1000, (batch,), device=device)
-    called = net
-    if setup.compile:
-        called = torch.compile(net, mode=setup.compile, dynamic=False)
+    def forward(self) -> Tensor:
+        with torch.no_grad():
+            return self.eps_of(self.x, self.t)
 
-    def forward() -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=setup.bf16):
-            out = called(x, t)
+    def _step(self) -> None:
+        """Forward, loss, backward, AdamW."""
+        F.mse_loss(self.eps_of(self.x, self.t).float(), self.eps).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def gradients(self, *, compiled: bool) -> dict[str, Tensor]:
+        """Of the loss over the first PARITY_IMAGES images of the batch."""
+        first = slice(PARITY_IMAGES)
+        out = self._run(self.called if compiled else self.net, self.x, self.t)[first]
+        named = dict(self.net.named_parameters())
+        found = torch.autograd.grad(F.mse_loss(out.float(), self.eps[first]), named.values())
+        return dict(zip(named, found, strict=True))
+
+    def _run(self, net: Callable[..., object], x: Tensor, t: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.setup.bf16):
+            out = net(x, t)
         return out if isinstance(out, Tensor) else out.sample
 
-    @torch.no_grad()
-    def sample() -> Tensor:
-        return forward()
 
-    if not setup.sampling:
-        _time(results, f"train step {name}", _train_step(net, forward, x), batch, device, tiny)
-        net.eval()
-        if results.over(f"forward {name}", COMPILED_S / 2 if setup.compile else EAGER_S):
-            return
-    what = "sampler's net" if setup.sampling else "forward"
-    _time(results, f"{what} {name}", sample, batch, device, tiny)
+def side_of(tiny: bool) -> int:
+    return 16 if tiny else 32
 
 
-def _train_step(net: nn.Module, forward: Callable[[], Tensor], x: Tensor) -> Callable[[], None]:
-    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-4, fused=x.is_cuda)
-    eps = torch.randn_like(x)
+def inputs(images: int, side: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x_t (N, 3, side, side), t (N,), eps as x_t; the first PARITY_IMAGES do not depend on N."""
 
-    def step() -> None:
-        F.mse_loss(forward().float(), eps).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    def draw(n: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        x, eps = torch.randn(2, n, 3, side, side, generator=generator)
+        return x, torch.randint(0, 1000, (n,), generator=generator), eps
 
-    return step
+    drawn = zip(draw(PARITY_IMAGES, 0), draw(max(images - PARITY_IMAGES, 0), 1), strict=True)
+    x, t, eps = (torch.cat(parts)[:images] for parts in drawn)
+    return x, t, eps
 
 
-def _time(
-    results: Results,
-    name: str,
-    call: Callable[[], object],
-    batch: int,
-    device: torch.device,
-    tiny: bool,
-) -> None:
-    start = time.perf_counter()
-    call()
-    columns = {}
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-    columns["first_call_s"] = round(time.perf_counter() - start, 2)
-    samples = time_in_turns({"call": [call]}, device, repeats=2 if tiny else None, launch_gaps=True)
-    if device.type == "cuda":
-        columns["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-    images_per_s = round(1e3 * batch / samples["call"].median_ms, 1)
-    results.add(name, **samples["call"].row(), images_per_s=images_per_s, **columns)
+def under_names_of(
+    net: str, config: UNetConfig, weights: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Our parameters, or their gradients, under another net's names."""
+    return weights_for_diffusers(config, weights) if net == "diffusers" else dict(weights)
+
+
+@functools.lru_cache(maxsize=1)
+def weights_of(config: UNetConfig) -> dict[str, Tensor]:
+    """Random ones, also of the norms, whose ones and zeros would hide a mistake."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        net = UNet.from_config(config)
+        for parameter in net.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        return net.state_dict()
+
+
+def _net(setup: Setup, config: UNetConfig) -> nn.Module:
+    if setup.net == "ours":
+        net: nn.Module = UNet.from_config(config, recompute=setup.recompute)
+    elif setup.net == "original":
+        net = OriginalUNet(config)
+    else:
+        net = diffusers_unet.diffusers_unet(config)
+    net.load_state_dict(under_names_of(setup.net, config, weights_of(config)), strict=True)
+    return net

@@ -8,7 +8,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-STAGES = ("ceilings", "build", "tests", "kernels", "sweep", "peers")
+SUITE = "suite.json"  # all stages of a run
+STAGES = (
+    "ceilings", "build", "tests", "kernels", "models", "graph_parity", "long_run", "sampling",
+    "memory", "sweep", "parts",
+)  # fmt: skip
 
 
 class Results:

@@ -19,7 +19,7 @@ import torch
 from bench import ceilings as bench_ceilings
 from bench import environment
 from bench.ceilings import Ceilings
-from bench.results import STAGES, Results, read_json
+from bench.results import STAGES, SUITE, Results, read_json
 
 SECONDS_PER_CASE = 0.6
 COMPILE_S = 10.0  # of a pass: torch.compile, the parity checks
@@ -31,7 +31,7 @@ class StageFailed(Exception):
 
 
 def run_ceilings(results: Results, device: torch.device, dry_run: bool) -> None:
-    """Copy and matrix product; the other stages read them from this one's file."""
+    """Copy and matrix product; the other stages read them from the suite's file."""
     found, rows = bench_ceilings.measure(device, tiny=dry_run)
     for row in rows:
         results.add(**row)
@@ -40,7 +40,8 @@ def run_ceilings(results: Results, device: torch.device, dry_run: bool) -> None:
 
 def read_ceilings(results: Results, device: torch.device, dry_run: bool) -> Ceilings:
     """As the stage of this run found them, else measured here."""
-    data = read_json(results.path.with_name("ceilings.json"))
+    stages = read_json(results.path.with_name(SUITE)).get("stages", {})
+    data = stages.get("ceilings", {})
     if "matmul_tflop_s" in data:
         return Ceilings(data["copy_gb_s"], data["matmul_tflop_s"])
     return bench_ceilings.measure(device, tiny=dry_run)[0]
@@ -160,12 +161,64 @@ def run_sweep(results: Results, device: torch.device, dry_run: bool) -> None:
     sweep(results, device, read_ceilings(results, device, dry_run), dry_run)
 
 
-def run_peers(results: Results, device: torch.device, dry_run: bool) -> None:
-    """Whole models, and the parts of a step that have no kernel of ours."""
-    from bench.models import measure_models
+def run_models(results: Results, device: torch.device, dry_run: bool) -> None:
+    """Training step and forward pass of whole nets, ours and others'."""
+    from bench.model_rows import measure_models
+
+    measure_models(results, device, read_ceilings(results, device, dry_run), dry_run)
+    _fail_if_ours_is_wrong(results)
+
+
+def run_sampling(results: Results, device: torch.device, dry_run: bool) -> None:
+    """DDIM from noise to images."""
+    from bench.model_rows import measure_sampling
+
+    measure_sampling(results, device, read_ceilings(results, device, dry_run), dry_run)
+    _fail_if_ours_is_wrong(results)
+
+
+def run_memory(results: Results, device: torch.device, dry_run: bool) -> None:
+    """Peak memory of a training step."""
+    from bench.model_rows import measure_memory
+
+    measure_memory(results, device, read_ceilings(results, device, dry_run), dry_run)
+    _fail_if_ours_is_wrong(results)
+
+
+def _fail_if_ours_is_wrong(results: Results) -> None:
+    ours = [row for row in results.rows if row["impl"].startswith("ours")]
+    wrong = [row for row in ours if row.get("why_not", "").startswith(("parity", "fails"))]
+    if wrong:
+        raise StageFailed("; ".join(f"{row['name']}: {row['why_not']}" for row in wrong))
+
+
+def run_graph_parity(results: Results, device: torch.device, dry_run: bool) -> None:
+    """The trainer's losses compiled, captured, and both, against eager."""
+    from bench.training_runs import RunFailed, measure_graph_parity
+
+    try:
+        measure_graph_parity(results, dry_run)
+    except RunFailed as error:
+        raise StageFailed(str(error)) from None
+    red = [row["name"] for row in results.rows if row.get("parity", "green")[:5] != "green"]
+    if red:
+        raise StageFailed(f"not the losses of eager: {', '.join(red)}")
+
+
+def run_long_run(results: Results, device: torch.device, dry_run: bool) -> None:
+    """A minute of training, as a user starts it."""
+    from bench.training_runs import RunFailed, measure_long_run
+
+    try:
+        measure_long_run(results, dry_run)
+    except RunFailed as error:
+        raise StageFailed(str(error)) from None
+
+
+def run_parts(results: Results, device: torch.device, dry_run: bool) -> None:
+    """The parts of a step that have no kernel of ours."""
     from bench.step_parts import measure_step_parts
 
-    measure_models(results, device, dry_run)
     measure_step_parts(results, device, dry_run)
 
 
@@ -189,7 +242,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     results.put(environment=environment.describe())
     stages = dict(
         ceilings=run_ceilings, build=run_build, tests=run_tests, kernels=run_kernels,
-        sweep=run_sweep, peers=run_peers,
+        models=run_models, graph_parity=run_graph_parity, long_run=run_long_run,
+        sampling=run_sampling, memory=run_memory, sweep=run_sweep, parts=run_parts,
     )  # fmt: skip
     try:
         stages[args.stage](results, device, args.dry_run)

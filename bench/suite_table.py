@@ -6,27 +6,32 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from bench.results import read_json
+from bench.results import SUITE
 
 MOST_CHARACTERS = 9_500
 MOST_LINES = 60  # of one stage
 WIDTH = 150
-COLUMNS = ("ms", "gb_s", "tflop_s", "images_per_s", "peak_gib", "percent_of_floor", "speedup")
+COLUMNS = (
+    "ms", "gb_s", "tflop_s", "images_per_s", "mfu_percent", "peak_gib", "percent_of_floor",
+    "speedup",
+)  # fmt: skip
 
 
-def table(out: Path, summary: dict[str, Any]) -> str:
+def table(suite: dict[str, Any], out: Path) -> str:
     """Where it ran, then each stage with its rows; a line per kernel pass with all it was compared
-    with."""
-    versions = " ".join(f"{name} {value}" for name, value in summary.get("versions", {}).items())
-    dry_run = "DRY RUN, no figure means anything. " if summary["dry_run"] else ""
-    head = f"{dry_run}{summary['device']}, commit {summary.get('commit', '?')}, {versions}"
+    with. suite: what `out`/suite.json holds"""
+    versions = " ".join(f"{name} {value}" for name, value in suite.get("versions", {}).items())
+    dry_run = "DRY RUN, no figure means anything. " if suite["dry_run"] else ""
+    head = (
+        f"{dry_run}{suite.get('device', 'unknown')}, commit {suite.get('commit', '?')}, {versions}"
+    )
     blocks = [[head]]
-    for entry in summary["stages"]:
-        left_out = f", {entry['left_out']} left out for lack of time" if entry["left_out"] else ""
-        title = f"== {entry['stage']}: {entry['status']}, {entry['seconds']:g} s{left_out}"
-        data = read_json(out / f"{entry['stage']}.json")
+    for stage, data in suite["stages"].items():
+        count = len(data.get("left_out", []))
+        left_out = f", {count} left out for lack of time" if count else ""
+        title = f"== {stage}: {data['status']}, {data['seconds']:g} s{left_out}"
         blocks.append([title, *_lines(data)])
-        if entry["status"] != "done":
+        if data["status"] != "done":
             blocks[-1] += [f"  | {line}" for line in data.get("log", "").splitlines()[-8:]]
     return _fit(blocks, out)
 
@@ -74,7 +79,7 @@ def _fit(blocks: list[list[str]], out: Path) -> str:
         for block, width in zip(blocks, (2 * WIDTH, *[WIDTH] * len(blocks)), strict=False):
             lines += [line.rstrip()[:width] for line in block[:most]]
             if len(block) > most:
-                lines.append(f"... {len(block) - most} lines more in {out.name}/")
+                lines.append(f"... {len(block) - most} lines more in {out.name}/{SUITE}")
         text = "\n".join(lines)
         if len(text) <= MOST_CHARACTERS or most <= 2:
             return text[:MOST_CHARACTERS]

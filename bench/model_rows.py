@@ -1,0 +1,237 @@
+"""Whole models timed: one after the other for the suite, in turns for pytest; their figures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bench import sampling
+from bench.ceilings import Ceilings
+from bench.model_parity import check
+from bench.model_work import work_of
+from bench.models import MEMORY, SAMPLING, TRAINING, Model, Setup, side_of
+from bench.results import Results
+from bench.timing import Call, Samples, speedup, time_in_turns
+from ddpm_fast.graphs import WARM_UP_CALLS, CapturedCall
+
+BATCHES = (512, 128)  # the next where one does not fit
+SAMPLED_IMAGES, DDIM_STEPS = (1, 256, 16), 50
+# Seconds that a row takes; compiling forward and backward of this net, with 16 cores, most of it
+EAGER_S, COMPILED_S = 8.0, 90.0
+OUT_OF_MEMORY = "out of the GPU's memory"
+
+
+@dataclass
+class Row:
+    """What came of one setup: samples and columns, or `why_not`."""
+
+    columns: dict[str, Any]
+    samples: Samples | None = None
+    why_not: str = ""
+
+
+def figures(
+    model: Model, what: str, samples: Samples, ceilings: Ceilings, steps: int = 1
+) -> dict[str, float]:
+    """Rates, and how near the median is to what the ceilings of the same run allow.
+
+    what   "training step" or "forward", of which each image needs `steps`
+    """
+    work, images, ms = work_of(model.config, side_of(model.tiny)), model.images, samples.median_ms
+    floor_ms = work.floor_ms(what, steps * images, 2 if model.setup.bf16 else 4, ceilings)
+    return {
+        "images_per_s": float(f"{1e3 * images / ms:.5g}"),
+        "tflop_s": float(f"{work.tflop_s(what, steps * images, ms):.4g}"),
+        "mfu_percent": round(work.mfu_percent(what, steps * images, ms, ceilings), 1),
+        "percent_of_floor": round(100 * floor_ms / ms, 1),
+    }
+
+
+def measure_group(
+    setups: Iterable[Setup],
+    what: str,
+    images: int,
+    device: torch.device,
+    ceilings: Ceilings,
+    *,
+    steps: int = 0,
+    repeats: int | None = None,
+    seconds: float = 1.0,
+    tiny: bool = False,
+) -> dict[str, Row]:
+    """Setups by their labels, timed in turns, each after its parity check in this process.
+
+    steps  above 0: DDIM sampling of `images` images in so many steps, instead of `what`
+    """
+    rows: dict[str, Row] = {}
+    calls: dict[str, tuple[Model, Call]] = {}
+    for setup in setups:
+        row = rows[setup.label] = Row({}, why_not=setup.why_not(device))
+        if not row.why_not:
+            with _failure_of(row):
+                calls[setup.label] = _ready(row, setup, what, images, device, steps, tiny)
+    timed = {label: [call] for label, (_, call) in calls.items() if not rows[label].why_not}
+    if timed:
+        samples = time_in_turns(timed, device, seconds=seconds, repeats=repeats, launch_gaps=True)
+        ours = _fastest(each for label, each in samples.items() if label.startswith("ours"))
+        for label, each in samples.items():
+            row, model = rows[label], calls[label][0]
+            row.samples = each
+            row.columns |= figures(model, what, each, ceilings, steps or 1)
+            if ours is not None and not label.startswith("ours"):
+                row.columns |= speedup(ours, each)
+    return rows
+
+
+def measure_models(
+    results: Results, device: torch.device, ceilings: Ceilings, dry_run: bool
+) -> None:
+    """A training step and a forward pass of each setup, as far as time goes."""
+    for setup in TRAINING:
+        for what in setup.works:
+            _measure_alone(results, setup, what, device, ceilings, dry_run)
+
+
+def measure_sampling(
+    results: Results, device: torch.device, ceilings: Ceilings, dry_run: bool
+) -> None:
+    """images_per_s of DDIM at several numbers of images at once."""
+    rows = [(images, setup) for images in SAMPLED_IMAGES for setup in SAMPLING]
+    for images, setup in sorted(rows, key=lambda row: row[1].preset):  # cifar10 first
+        _measure_alone(
+            results, setup, "forward", device, ceilings, dry_run,
+            images=min(images, 2) if dry_run else images, steps=2 if dry_run else DDIM_STEPS,
+        )  # fmt: skip
+
+
+def measure_memory(
+    results: Results, device: torch.device, ceilings: Ceilings, dry_run: bool
+) -> None:
+    """Peak of a training step; the compiled ones are the models' rows."""
+    for setup in MEMORY:
+        _measure_alone(results, setup, "training step", device, ceilings, dry_run)
+
+
+def _measure_alone(
+    results: Results,
+    setup: Setup,
+    what: str,
+    device: torch.device,
+    ceilings: Ceilings,
+    dry_run: bool,
+    *,
+    images: int | None = None,
+    steps: int = 0,
+) -> None:
+    """One row. With `images` None the largest of BATCHES that fits."""
+    title = f"DDIM-{steps}" if steps else what
+    shown = f"{title} {setup.preset} {setup.label}"
+    if results.over(shown, _needs_s(setup, what, dry_run)):
+        return
+    why = setup.why_not(torch.device("cuda") if dry_run else device)
+    if dry_run and (setup.compile or setup.captured):
+        why = "a dry run compiles and captures nothing"
+    columns = {"what": title, "preset": setup.preset, "impl": setup.label}
+    if why:
+        results.add(shown, **columns, why_not=why)
+        return
+    for batch in (images,) if images else (2,) if dry_run else BATCHES:
+        row = Row(columns | {"batch": batch})
+        with _failure_of(row):
+            _time_alone(row, setup, what, batch, device, ceilings, steps, dry_run)
+        _forget(device)
+        if row.why_not != OUT_OF_MEMORY:
+            break
+    found = row.columns | ({"why_not": row.why_not} if row.why_not else {})
+    results.add(f"{shown} batch {batch}", **found)
+
+
+def _time_alone(
+    row: Row,
+    setup: Setup,
+    what: str,
+    images: int,
+    device: torch.device,
+    ceilings: Ceilings,
+    steps: int,
+    tiny: bool,
+) -> None:
+    start = time.perf_counter()
+    model, call = _ready(row, setup, what, images, device, steps, tiny)
+    if row.why_not:
+        return
+    row.columns["ready_s"] = round(time.perf_counter() - start, 2)
+    repeats = 2 if tiny else None
+    samples = time_in_turns({"": [call]}, device, repeats=repeats, launch_gaps=True)[""]
+    row.columns |= samples.row() | figures(model, what, samples, ceilings, steps or 1)
+
+
+def _ready(
+    row: Row,
+    setup: Setup,
+    what: str,
+    images: int,
+    device: torch.device,
+    steps: int,
+    tiny: bool,
+) -> tuple[Model, Call]:
+    """The call to time, after its parity check and a first call; notes both in `row`."""
+    before = _allocated(device)
+    model = Model(setup, device, images, training=what == "training step", tiny=tiny)
+    checks = [check(model, what)]
+    call: Call = model.step if model.training else model.forward
+    if steps:
+        checks.append(sampling.check_loop(setup.net, device))
+        call = sampling.call_for(model, steps)
+    worst = next((each for each in checks if not each.green), None)
+    row.columns["parity"] = str(worst or "; ".join(map(str, checks)))
+    if worst:
+        row.why_not = f"parity: {worst}"
+        return model, call
+    for _ in range(1 + (WARM_UP_CALLS if setup.captured else 0)):
+        call()
+    if isinstance(call, CapturedCall) and not call.captured:
+        row.why_not = f"not captured: {call.why_not}"
+    if device.type == "cuda" and not setup.in_graph:
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before  # the others' weights left out
+        row.columns["peak_gib"] = round(peak / 2**30, 2)
+    return model, call
+
+
+@contextmanager
+def _failure_of(row: Row):
+    """A net that fails, whoever's, has a row with its reason; the other rows go on."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError:
+        row.why_not = OUT_OF_MEMORY
+    except Exception as error:
+        row.why_not = f"fails: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _fastest(samples: Iterable[Samples]) -> Samples | None:
+    return min(samples, key=lambda each: each.median_ms, default=None)
+
+
+def _needs_s(setup: Setup, what: str, dry_run: bool) -> float:
+    if dry_run or not setup.compile:
+        return 0.0 if dry_run else EAGER_S
+    return COMPILED_S if what == "training step" else COMPILED_S / 2
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated() if device.type == "cuda" else 0
+
+
+def _forget(device: torch.device) -> None:
+    torch._dynamo.reset()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

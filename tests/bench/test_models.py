@@ -1,0 +1,209 @@
+"""Whole models: baselines compute our function, work is counted right, a red row has no figure."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench import model_rows, sampling
+from bench.ceilings import Ceilings
+from bench.diffusers_unet import diffusers_unet, weights_for_diffusers
+from bench.model_parity import BF16, FP32, Parity, check, distance, expected, tolerance_of
+from bench.model_rows import measure_group
+from bench.model_work import ModelWork, work_of
+from bench.models import MEMORY, SAMPLING, TRAINING, Model, Setup, inputs
+from bench.original_unet import OriginalUNet
+from bench.ratios import Ratio, ratio_table
+from bench.results import Results
+from ddpm_fast.nn.config import preset
+from ddpm_fast.nn.unet import UNet
+from tests import original
+
+CPU, CEILINGS = torch.device("cpu"), Ceilings(copy_gb_s=10.0, matmul_tflop_s=0.1)
+EAGER = [Setup(net=net, bf16=False) for net in ("ours", "original")]
+PRESETS = ("cifar10", "seed-cifar10")
+
+
+@pytest.fixture(autouse=True)
+def few_threads(one_thread):
+    """Tiny nets lose time to more."""
+
+
+@pytest.mark.parametrize("name", original.NETS)
+def test_the_restated_net_gives_the_originals_output_from_its_own_file(name):
+    state = torch.load(original.GOLDEN / f"seed_{name}.pth", weights_only=True)
+    weights = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
+    net, golden = OriginalUNet(original.net_config(name)).eval(), original.vectors(name)
+    net.load_state_dict(weights, strict=True)
+    with torch.no_grad():
+        found = net(golden["x"], golden["t"], golden.get("y"))
+    assert original.relative(found, golden["unet_out"]) < 1e-5  # fp32, other summation order
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("net", ["ours", "original", "diffusers"])
+def test_all_nets_of_a_preset_are_one_function_with_one_gradient(net, name):
+    if net == "diffusers":
+        pytest.importorskip("diffusers")
+    setup = Setup(preset=name, net=net, bf16=False)
+    forward = check(Model(setup, CPU, 3, tiny=True), "forward")
+    step = check(Model(setup, CPU, 3, training=True, tiny=True), "training step")
+    assert forward.green and step.green, (forward, step)
+    assert (forward.tolerance, step.tolerance) == (FP32, FP32)
+
+
+def test_diffusers_takes_our_weights_without_one_missing():
+    pytest.importorskip("diffusers")
+    config = preset("cifar10")
+    with torch.device("meta"):
+        ours, other = UNet.from_config(config), diffusers_unet(config)
+        weights = weights_for_diffusers(config, ours.state_dict())
+    assert {k: v.shape for k, v in weights.items()} == {
+        k: v.shape for k, v in other.state_dict().items()
+    }
+
+
+def test_several_heads_are_refused_by_the_original():
+    with pytest.raises(ValueError, match="one attention head, not 4"):
+        OriginalUNet(preset("digits", num_heads=4))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_cifar10_nets_work_is_the_published_one(name):
+    work = work_of(preset(name), 32)
+    assert work.parameters == 35_746_307
+    assert work.flops == pytest.approx(12.44e9, rel=1e-3)  # 12.10 of convolutions, 0.34 attention
+    assert work.norm_elements == pytest.approx(3.37e6, rel=1e-3)
+
+
+def test_flops_of_a_net_without_levels_are_those_of_the_formula():
+    config = preset(
+        "cifar10", base_channels=8, channel_mults=(1,), num_res_blocks=1, num_groups=4,
+        attention_resolutions=(), time_emb_dim=None,
+    )  # fmt: skip
+    size, c = 4 * 4, 8
+    # in and out, 3 blocks of two convs from c, 2 of them from 2c up, whose shortcuts are 1x1
+    conv = 9 * (3 * c + c * 3 + 6 * c * c + 2 * (2 * c * c + c * c)) + 2 * (2 * c * c)
+    attention = 4 * c * c + 2 * size * c
+    assert work_of(config, 4).flops == 2 * size * (conv + attention)
+
+
+def test_rates_and_floor_follow_from_the_work():
+    work = ModelWork(flops=10**9, norm_elements=10**6, parameters=10**6)
+    ceilings = Ceilings(copy_gb_s=1000.0, matmul_tflop_s=100.0)
+    assert work.tflop_s("forward", 10, 1.0) == pytest.approx(10.0)
+    assert work.mfu_percent("training step", 10, 1.0, ceilings) == pytest.approx(30.0)
+    # 10 GFLOP at 100 TFLOP/s, 10 M elements of 2 bytes twice at 1 TB/s
+    assert work.floor_ms("forward", 10, 2, ceilings) == pytest.approx(0.1 + 0.04)
+    step_ms = 0.3 + 0.1 + 0.036  # and 36 bytes a parameter
+    assert work.floor_ms("training step", 10, 2, ceilings) == pytest.approx(step_ms)
+
+
+def test_the_first_images_are_the_same_in_every_batch():
+    small, large = inputs(1, 8), inputs(5, 8)
+    assert all(torch.equal(a, b[:1]) for a, b in zip(small, large, strict=True))
+    assert [len(each) for each in large] == [5, 5, 5]
+
+
+def test_a_wrong_gradient_is_red(monkeypatch):
+    model = Model(EAGER[0], CPU, 2, training=True, tiny=True)
+    right = model.gradients
+    monkeypatch.setattr(
+        model, "gradients", lambda **kw: {k: 1.001 * v for k, v in right(**kw).items()}
+    )
+    found = check(model, "training step")
+    assert not found.green and str(found).startswith("red: gradients 1.0e-03 of 1e-05")
+
+
+def test_nan_is_red():
+    assert not Parity(float("nan"), 1.0, "output").green
+
+
+def test_distance_is_over_all_tensors_together():
+    truth = [torch.tensor([3.0]), torch.tensor([4.0])]
+    assert distance([torch.tensor([3.0]), torch.tensor([4.5])], truth) == pytest.approx(0.1)
+
+
+def test_bf16_and_tf32_have_their_own_tolerances():
+    assert tolerance_of(Setup(net="ours"), CPU) == BF16
+    assert tolerance_of(EAGER[0], CPU) == FP32 < tolerance_of(EAGER[0], torch.device("cuda")) < BF16
+
+
+def test_a_group_is_timed_in_pairs_with_its_ratio():
+    rows = measure_group(EAGER, "training step", 2, CPU, CEILINGS, repeats=3, tiny=True)
+    ours, other = rows["ours eager fp32"], rows["original eager fp32"]
+    assert len(ours.samples.ms) == len(other.samples.ms) == 3
+    assert "speedup" not in ours.columns and other.columns["speedup"] > 0
+    assert ours.columns["parity"].startswith("green: gradients ")
+    names = {"parity", "images_per_s", "tflop_s", "mfu_percent", "percent_of_floor"}
+    assert names <= set(other.columns)
+
+
+def test_a_red_model_has_a_reason_and_no_figure(monkeypatch):
+    def wrong(model, what):
+        return Parity(1.0 if model.setup.net == "ours" else 0.0, FP32, "output")
+
+    monkeypatch.setattr(model_rows, "check", wrong)
+    rows = measure_group(EAGER, "forward", 2, CPU, CEILINGS, repeats=2, tiny=True)
+    assert rows["ours eager fp32"].why_not == "parity: red: output 1.0e+00 of 1e-05"
+    assert rows["ours eager fp32"].samples is None
+    assert "ms" not in rows["ours eager fp32"].columns
+    assert (
+        rows["original eager fp32"].samples and "speedup" not in rows["original eager fp32"].columns
+    )
+
+
+def test_a_model_that_fails_leaves_the_others_their_figures(tmp_path, monkeypatch):
+    broken = replace(EAGER[0], recompute="nonsense")
+    monkeypatch.setattr(model_rows, "MEMORY", (broken, EAGER[1]))
+    results = Results(tmp_path / "memory.json", "memory", 100.0)
+    model_rows.measure_memory(results, CPU, CEILINGS, dry_run=True)
+    assert results.rows[0]["why_not"].startswith("fails: ValueError: recompute='nonsense'")
+    assert results.rows[1]["ms"] > 0
+
+
+@pytest.mark.parametrize("net", ["ours", "original", "diffusers"])
+def test_every_sampling_loop_draws_the_same_images(net):
+    if net == "diffusers":
+        pytest.importorskip("diffusers")
+    assert sampling.check_loop(net, CPU).green
+
+
+def test_a_sampling_row_asks_the_net_once_a_step_and_image(tmp_path):
+    rows = measure_group(EAGER, "forward", 2, CPU, CEILINGS, steps=3, repeats=2, tiny=True)
+    ours = rows["ours eager fp32"]
+    assert ours.columns["parity"].count("green") == 2  # net and loop
+    work = work_of(EAGER[0].config(tiny=True), 16)
+    expected_rate = work.tflop_s("forward", 3 * 2, ours.samples.median_ms)
+    assert ours.columns["tflop_s"] == pytest.approx(expected_rate, rel=1e-3)
+
+
+def test_labels_tell_the_setups_of_a_list_apart():
+    for setups in (TRAINING, SAMPLING, MEMORY):
+        names = [(setup.preset, setup.label) for setup in setups]
+        assert len(set(names)) == len(names)
+        for name in {setup.preset for setup in setups}:
+            assert any(s.net == "ours" for s in setups if s.preset == name)
+
+
+def test_on_a_cpu_what_needs_a_gpu_says_so_by_name():
+    why = {setup.label: setup.why_not(CPU) for setup in TRAINING if setup.net != "diffusers"}
+    assert why["ours compiled bf16"].startswith("torch.compile's CPU code")
+    assert why["ours eager bf16 captured"] == "CUDA graphs need a GPU"
+    assert why["ours eager bf16"] == "bf16 autocast is measured on a GPU"
+    assert why["original eager fp32"] == why["ours eager fp32"] == ""
+
+
+def test_the_truth_is_fp64_of_the_plain_net():
+    output, gradients = expected(EAGER[0].config(tiny=True), CPU, 16)
+    assert output.dtype == torch.float64 and output.abs().max() > 0
+    assert all(gradient.abs().max() > 0 for gradient in gradients.values())
+
+
+def test_the_ratio_table_fits_eighty_columns():
+    ratio = Ratio("training step seed-cifar10 batch 4", "ours eager fp32", "diffusers eager fp32",
+                  speedup=1.114, speedup_q20=1.08, speedup_q80=1.13, pairs=15)  # fmt: skip
+    text = ratio_table([ratio], 80, "ours against each baseline")
+    assert all(len(line) <= 80 for line in text.splitlines())
+    assert "1.11x" in text and "1.08 to 1.13" in text and " 15 " in text
+    assert ratio_table([], 80, "nothing") == ""
