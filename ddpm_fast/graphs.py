@@ -15,21 +15,19 @@ class CapturedCall:
     run     takes and returns nothing; reads and writes tensors whose addresses never change, and
             must not wait for the device
     device  a CUDA device; on any other `run` is called each time
-    wanted  False: never capture
+    why_not a reason never to capture it
 
     `why_not` says why there is no graph, or is None; `captured` whether there is one.
     """
 
     def __init__(
-        self, run: Callable[[], None], device: torch.device, *, wanted: bool = True
+        self, run: Callable[[], None], device: torch.device, *, why_not: str | None = None
     ) -> None:
         self._run, self._device = run, device
         self._graph: torch.cuda.CUDAGraph | None = None
         self._calls = 0
-        self.why_not: str | None = None
-        if not wanted:
-            self.why_not = "not asked for"
-        elif device.type != "cuda":
+        self.why_not = why_not
+        if device.type != "cuda":
             self.why_not = f"CUDA graphs need a CUDA device, not {device.type}"
 
     @property

@@ -15,8 +15,8 @@ PACKAGE = ROOT / "ddpm_fast"
 RANKS = {
     "errors": 0, "arguments": 0, "_C": 0,
     "kernels": 1,
-    "ops": 2, "graphs": 2,
-    "nn": 3, "diffusion": 3, "data": 3, "device": 3, "ema": 3, "images": 3, "metrics": 3,
+    "ops": 2, "graphs": 2, "fused_adamw": 2,
+    "nn": 3, "diffusion": 3, "data": 3, "device": 3, "distributed": 3, "ema": 3, "images": 3, "metrics": 3,
     "optimizer": 3,
     "checkpoint": 4, "convert": 4,
     "loading": 5, "train": 5,
@@ -25,7 +25,7 @@ RANKS = {
     "__main__": 8,
     "": 9,  # __init__.py: the public names
 }  # fmt: skip
-ALSO = {"arguments": {"errors"}, "convert": {"checkpoint"}}
+ALSO = {"distributed": {"device"}, "arguments": {"errors"}, "convert": {"checkpoint"}}
 
 USES_TORCH = {"ddpm_fast.data.order", "ddpm_fast.data.batches"}
 LIGHT = ("ddpm_fast.errors", "ddpm_fast.arguments", "ddpm_fast.cli", "ddpm_fast.nn.config",

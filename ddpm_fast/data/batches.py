@@ -15,7 +15,8 @@ class Batches:
     """Batches as functions of (seed, step): `load(step)` fills x_0, rows and y.
 
     images      the set; up to RESIDENT_BYTES of pixels live on `device` as uint8
-    batch_size  B, images a step;  seed  the run's
+    batch_size  B, images a step and rank;  seed  the run's
+    rank, world_size  this rank's rows are B from B * rank on, of the B * world_size of a step
     use_labels  give classes too; ValueError if the set has none
 
     x_0   (M, C, H, W) uint8, the whole set; of a larger set only the batch, (B, C, H, W)
@@ -31,6 +32,8 @@ class Batches:
         seed: int,
         device: torch.device,
         use_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         if use_labels and images.labels is None:
             raise ValueError(
@@ -38,6 +41,7 @@ class Batches:
                 "folders with subfolders, and .npz with labels"
             )
         self.images, self.batch_size, self.device = images, batch_size, device
+        self.first_index, self.global_batch_size = batch_size * rank, batch_size * world_size
         self._order = DataOrder(len(images.images), seed)
         resident = images.images.nbytes <= RESIDENT_BYTES
         shape = (batch_size, *images.images.shape[1:])
@@ -52,7 +56,8 @@ class Batches:
 
     def load(self, step: int) -> None:
         """Put the batch of a step into the buffers, without waiting for the device."""
-        rows = self._order.rows(step * self.batch_size, self.batch_size)
+        first = step * self.global_batch_size + self.first_index
+        rows = self._order.rows(first, self.batch_size)
         if self.rows is not None:
             self._fill(self.rows, rows)
         else:

@@ -70,7 +70,9 @@ class TrainConfig:
     iterations: int = 1200
     """training steps"""
     batch_size: int = 64
-    """images a step"""
+    """images a step, over all processes"""
+    batch_size_per_gpu: int | None = None
+    """images a step and process, instead of batch_size"""
     grad_accumulation: int = 1
     """parts that a step's images are taken through the net in, to save memory"""
     learning_rate: float = 2e-3
@@ -106,6 +108,10 @@ class TrainConfig:
     """compile also on CPU, and stop if it fails"""
     cuda_graph: Literal["auto", "on", "off"] = "auto"
     """replay the step as one CUDA graph; auto: where it can be captured, on: or stop"""
+    grad_compression: Literal["none", "bf16"] = "none"
+    """send gradients between processes as they are, or rounded to bf16"""
+    timeout: float = 600.0
+    """seconds to wait for another process before giving it up"""
     recompute: Literal["none", "norm", "block"] = "none"
     """compute again in the backward pass what is not kept: norms, or whole residual blocks"""
 
@@ -139,6 +145,10 @@ class TrainConfig:
                      "weight_decay"):  # fmt: skip
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if self.batch_size_per_gpu is not None and self.batch_size_per_gpu < 1:
+            raise ValueError(f"batch_size_per_gpu={self.batch_size_per_gpu} must be at least 1")
+        if not self.timeout > 0:
+            raise ValueError(f"timeout={self.timeout} must be positive")
         if self.batch_size % self.grad_accumulation:
             raise ValueError(
                 f"grad_accumulation={self.grad_accumulation} must divide "
@@ -194,8 +204,8 @@ RENAMED = {
 # What may differ when a run goes on; all else would make it another run.
 RESUMABLE = frozenset({
     "iterations", "data_root", "device", "compile", "force_compile", "cuda_graph", "recompute",
-    "on_nan", "log_every", "sample_every", "sample_images", "sample_steps", "checkpoint_every",
-    "keep_checkpoints", "tensorboard", "wandb",
+    "grad_compression", "timeout", "on_nan", "log_every", "sample_every", "sample_images",
+    "sample_steps", "checkpoint_every", "keep_checkpoints", "tensorboard", "wandb",
 })  # fmt: skip
 
 

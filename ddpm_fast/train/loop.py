@@ -14,8 +14,8 @@ import torch
 
 from ddpm_fast import checkpoint
 from ddpm_fast.checkpoint import CheckpointError
-from ddpm_fast.device import pick_device
 from ddpm_fast.diffusion.sampler import sample_images
+from ddpm_fast.distributed import is_lost_rank, join, rank_device
 from ddpm_fast.errors import Failure, UsageError
 from ddpm_fast.images import grid, grid_scale, save_png, to_uint8
 from ddpm_fast.kernels.impl import runs_interpreted
@@ -24,7 +24,7 @@ from ddpm_fast.train.config import PROG, Invocation
 from ddpm_fast.train.memory import advice, is_out_of_memory
 from ddpm_fast.train.progress import Display, Measured, peak_gib
 from ddpm_fast.train.run_folder import RunFolder, default_run_dir
-from ddpm_fast.train.setup import compile_errors, compile_net, make_step, open_data
+from ddpm_fast.train.setup import compile_errors, make_step, open_data, with_batch_size, wrap_net
 from ddpm_fast.train.step import TrainStep
 from ddpm_fast.train.summary import summarise
 from ddpm_fast.train.trackers import Track, open_trackers
@@ -40,30 +40,40 @@ def train(invocation: Invocation) -> None:
     raises  UsageError, DataError, RunFolderError, CheckpointError, TrainingError, OSError
     """
     config = invocation.config
-    device = pick_device(config.device)
-    images = open_data(config, print)
-    train_step = make_step(config, images, device)
-    path = Path(config.run_dir) if config.run_dir else default_run_dir(config.preset)
-    folder = RunFolder(path, resume=invocation.resume)
+    device = rank_device(config.device)
+    world = join(device, timeout_s=config.timeout)
+    config = with_batch_size(config, world)
+    images = world.chief_first(lambda: open_data(config, print if world.is_chief else _quiet))
+    train_step = make_step(config, images, device, world)
+    path = Path(world.from_chief(lambda: str(config.run_dir or default_run_dir(config.preset))))
+    folder = RunFolder(path, resume=invocation.resume, writes=world.is_chief)
     try:
-        trackers = open_trackers(config, path)
-        with Display(folder, config.iterations) as display, _stop_requests() as stop:
+        trackers = open_trackers(config, path) if world.is_chief else []
+        display = Display(folder, config.iterations, quiet=not world.is_chief)
+        with display, _stop_requests() as stop:
             run = Run(train_step, folder, display, trackers)
             if invocation.resume:
                 run.resume()
-            folder.write_config(replace(config, run_dir=str(path)))
+            if world.is_chief:
+                folder.write_config(replace(config, run_dir=str(path)))
             run.announce()
-            compile_net(train_step, display.say)
-            _within_memory(run, stop)
+            wrap_net(train_step, display.say)
+            _watched(run, stop)
             if run.step < config.iterations:
                 display.say(
                     f"stopped by {stop[0]} after step {run.step}; checkpoint saved; continue with: "
                     f"{PROG} --resume {path}"
                 )
                 return
-        summarise(train_step, folder, images, run.last_measured, run.images_per_s, display)
+        if world.is_chief:
+            summarise(train_step, folder, images, run.last_measured, run.images_per_s, display)
     finally:
         folder.close()
+    world.leave()
+
+
+def _quiet(line: str) -> None:
+    """What a rank other than 0 says."""
 
 
 class Run:
@@ -74,6 +84,7 @@ class Run:
     ) -> None:
         self.train_step, self.config = train_step, train_step.config
         self.folder, self.display, self.trackers = folder, display, trackers
+        self.world = train_step.world
         self.device = train_step.batches.device
         self.step = 0
         self.last_measured: Measured | None = None
@@ -89,8 +100,12 @@ class Run:
         self.display.say(
             f"training {config.preset} ({millions:.2f} M parameters) on {len(images.images)} "
             f"images of {images.name}, {net.image_size}x{net.image_size}, "
-            f"batch {config.batch_size}, on {self.device}; run folder {self.folder.path}"
+            f"batch {config.batch_size}, on {self._where()}; run folder {self.folder.path}"
         )
+
+    def _where(self) -> str:
+        size = self.world.size
+        return str(self.device) if size == 1 else f"{size} processes ({self.device.type})"
 
     @property
     def images_per_s(self) -> float:
@@ -99,7 +114,7 @@ class Run:
 
     def _train_one(self) -> None:
         train_step = self.train_step
-        if self._trained_any or train_step.forward is train_step.net:
+        if self._trained_any or not train_step.compiled:
             train_step(self.step)
         else:
             self._compile_and_train()
@@ -120,7 +135,10 @@ class Run:
             if self.config.force_compile:
                 raise TrainingError(f"--force-compile: {why}; all of it in {path}") from None
             self.display.say(f"compiling failed, training eager: {why}; all of it in {path}")
-            self.train_step.forward = self.train_step.net
+            if self.world.size == 1:
+                self.train_step.forward = self.train_step.net
+            else:  # what shares the gradients calls the compiled net
+                torch.compiler.set_stance("force_eager")
             self.train_step(self.step)
         else:
             self.display.say(
@@ -131,7 +149,7 @@ class Run:
         """Train until `stop` holds a reason or all steps are done, then save."""
         config = self.config
         self._start_interval()
-        while self.step < config.iterations and not stop:
+        while self.step < config.iterations and not self._is_told_to_stop(stop):
             self._train_one()
             if self.step == 1 or self.step % config.log_every == 0 or self._is_last():
                 self._measure()
@@ -142,11 +160,21 @@ class Run:
                     self.save_checkpoint()
         self.save_checkpoint()
 
+    def _is_told_to_stop(self, stop: list[str]) -> bool:
+        """Whether any rank is; where a rank was lost, this is the first to notice."""
+        told = self.world.any(bool(stop))
+        if told and not stop:
+            stop.append("a signal to another process")
+        return told
+
     def save_checkpoint(self) -> None:
         """Write this step's checkpoint, unless it stands already or the weights are not finite."""
         if self._saved_step == self.step:
             return
         self._check_finite()
+        self._saved_step = self.step
+        if not self.world.is_chief:
+            return
         parts = self.train_step
         checkpoint.save(
             self.folder.checkpoints,
@@ -164,17 +192,15 @@ class Run:
             },
             keep=self.config.keep_checkpoints,
         )
-        self._saved_step = self.step
 
     def resume(self) -> None:
         """Go back to the newest healthy checkpoint; a run killed before its first starts anew."""
-        if not checkpoint.steps_in(self.folder.checkpoints):
+        found = self.world.from_chief(self._newest_checkpoint)
+        if found is None:
             self.display.say("no checkpoint yet: starting from step 0")
             self.folder.forget_metrics_after(0)
             return
-        saved = checkpoint.load_newest(
-            self.folder.checkpoints, lambda text: self.display.say(f"warning: {text}")
-        )
+        saved = checkpoint.load(Path(found))
         if saved.step > self.config.iterations:
             raise UsageError(
                 f"--iterations {self.config.iterations}, but {self.folder.path} has done "
@@ -193,6 +219,14 @@ class Run:
         self.step = self._saved_step = saved.step
         self.folder.forget_metrics_after(self.step)
         self.display.say(f"resumed after step {self.step} from {saved.path}")
+
+    def _newest_checkpoint(self) -> str | None:
+        """Of the healthy ones; None before the first."""
+        folder = self.folder.checkpoints
+        if not checkpoint.steps_in(folder):
+            return None
+        warn = lambda text: self.display.say(f"warning: {text}")  # noqa: E731
+        return str(checkpoint.load_newest(folder, warn).path)
 
     def save_samples(self) -> None:
         """samples/step_XXXXXXXX.png from the averaged weights: the same starts at every step."""
@@ -231,8 +265,11 @@ class Run:
             peak_gib=round(peak_gib(self.device), 3),
         )
         self._check_finite()
-        self._tell_news()
         self.last_measured = measured
+        if not self.world.is_chief:
+            self._start_interval()
+            return
+        self._tell_news()
         self.folder.add_metrics(measured.row())
         seconds_left = (self.config.iterations - self.step) * seconds / steps
         self.display.measured(measured, seconds_left)
@@ -266,7 +303,7 @@ class Run:
             steps = checkpoint.steps_in(self.folder.checkpoints)
             kept = f"the checkpoint of step {steps[-1]} is untouched" if steps else "none was saved"
             raise TrainingError(
-                f"loss {loss}, gradient norm {norm} up to step {self.step}: training diverged; "
+                f"loss {loss}, gradient norm {norm} at step {self.step}: training diverged; "
                 f"{kept}; try a smaller --learning-rate, --precision fp32 or --on-nan skip"
             )
 
@@ -283,7 +320,7 @@ class Run:
 
     def _samples_due(self) -> bool:
         every = self.config.sample_every
-        if runs_interpreted(self.train_step.net.impl):
+        if not self.world.is_chief or runs_interpreted(self.train_step.net.impl):
             return False  # a grid would take hours
         return _due(self.step, every) or (every > 0 and self._is_last())
 
@@ -291,12 +328,18 @@ class Run:
         return self.step == self.config.iterations
 
 
-def _within_memory(run: Run, stop: list[str]) -> None:
-    """run.steps(stop); TrainingError saying what would fit where that does not."""
+def _watched(run: Run, stop: list[str]) -> None:
+    """run.steps(stop); TrainingError for what does not fit, and for a rank that was lost."""
     try:
         run.steps(stop)
         return
     except RuntimeError as error:
+        if is_lost_rank(error) and run.world.size > 1:
+            raise TrainingError(
+                f"rank {run.world.rank} lost another one after step {run.step}: "
+                f"{str(error).strip().partition(chr(10))[0][:200]}; torchrun --max-restarts N with "
+                "--auto-resume goes on from the last checkpoint"
+            ) from None
         if not is_out_of_memory(error):
             raise
         error.__traceback__ = None  # it holds the step's tensors

@@ -47,9 +47,16 @@ class PatientConsole(Console):
 class Display:
     """Prints to the terminal and the run's log. Use as a context: the bar ends with it."""
 
-    def __init__(self, folder: RunFolder, iterations: int, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        folder: RunFolder,
+        iterations: int,
+        console: Console | None = None,
+        *,
+        quiet: bool = False,
+    ) -> None:
         self.folder, self.iterations = folder, iterations
-        self.console = console or PatientConsole(highlight=False, soft_wrap=True)
+        self.console = console or PatientConsole(highlight=False, soft_wrap=True, quiet=quiet)
         self._bar = None
         if self.console.is_terminal:
             self._bar = Progress(

@@ -24,13 +24,16 @@ class RunFolder:
     """An open, locked run folder.
 
     path    the folder;  resume  it exists and goes on; else it must be new or unused
+    writes  False for ranks other than 0: neither locked nor written to
     raises  RunFolderError  exists already, cannot be written, or is in use
     """
 
-    def __init__(self, path: Path, *, resume: bool) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, resume: bool, writes: bool = True) -> None:
+        self.path, self._writes, self._lock = path, writes, None
         self.samples, self.checkpoints = path / "samples", path / "checkpoints"
         self.metrics_path, self.log_path = path / "metrics.jsonl", path / "log.txt"
+        if not writes:
+            return
         if not resume and path.exists() and not _is_unused(path):
             raise RunFolderError(
                 f"{path} exists already; continue it with {PROG} --resume {path}, or give another "
@@ -46,7 +49,8 @@ class RunFolder:
             ) from None
 
     def close(self) -> None:
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def write_config(self, config: TrainConfig) -> None:
         """config.json, replaced whole."""
@@ -60,7 +64,7 @@ class RunFolder:
 
     def forget_metrics_after(self, step: int) -> None:
         """Drop the rows of steps that a resumed run will take again, and a row cut by a kill."""
-        if not self.metrics_path.exists():
+        if not self._writes or not self.metrics_path.exists():
             return
         kept = []
         for line in self.metrics_path.read_text().splitlines():
@@ -75,6 +79,8 @@ class RunFolder:
         os.replace(temporary, self.metrics_path)
 
     def log(self, line: str) -> None:
+        if not self._writes:
+            return
         with open(self.log_path, "a") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._triton import has_triton
 
 from ddpm_fast.data import ImageSet, open_images
 from ddpm_fast.data.batches import Batches
 from ddpm_fast.diffusion.process import Diffusion
+from ddpm_fast.distributed import ALONE, World
 from ddpm_fast.ema import EMA
 from ddpm_fast.errors import UsageError
 from ddpm_fast.nn import config as nn_config
@@ -60,8 +64,25 @@ def fit_net_config(config: TrainConfig, images: ImageSet) -> UNetConfig:
     return net
 
 
-def make_step(config: TrainConfig, images: ImageSet, device: torch.device) -> TrainStep:
+def with_batch_size(config: TrainConfig, world: World) -> TrainConfig:
+    """The configuration with its global batch size; UsageError if the ranks cannot share it."""
+    if config.batch_size_per_gpu is not None:
+        batch_size = config.batch_size_per_gpu * world.size
+        config = replace(config, batch_size=batch_size, batch_size_per_gpu=None)
+    shares = world.size * config.grad_accumulation
+    if config.batch_size % shares:
+        raise UsageError(
+            f"--batch-size {config.batch_size} over {world.size} processes in "
+            f"{config.grad_accumulation} parts: must be divisible by {shares}"
+        )
+    return config
+
+
+def make_step(
+    config: TrainConfig, images: ImageSet, device: torch.device, world: World = ALONE
+) -> TrainStep:
     """Everything that a step needs, at step 0; weights follow from config.seed."""
+    config = with_batch_size(config, world)
     net_config = fit_net_config(config, images)
     if config.use_labels and images.labels is None:
         raise UsageError(
@@ -75,8 +96,8 @@ def make_step(config: TrainConfig, images: ImageSet, device: torch.device) -> Tr
         )
     net = net.to(device, memory_format=torch.channels_last)
     batches = Batches(
-        images, batch_size=config.batch_size, seed=config.seed, device=device,
-        use_labels=config.use_labels,
+        images, batch_size=config.batch_size // world.size, seed=config.seed, device=device,
+        use_labels=config.use_labels, rank=world.rank, world_size=world.size,
     )  # fmt: skip
     try:
         proc = Diffusion(
@@ -95,24 +116,54 @@ def make_step(config: TrainConfig, images: ImageSet, device: torch.device) -> Tr
         ema=EMA(net, config.ema_decay, warmup=config.ema_warmup),
         autocast_dtype=torch.bfloat16 if bf16 else None,
         flip=config.flip == "on" or (config.flip == "auto" and images.photographs),
+        world=world,
     )  # fmt: skip
 
 
-def compile_net(train_step: TrainStep, say: Callable[[str], None]) -> None:
-    """Compile the net where that pays; on CPU only when --force-compile asks for it."""
-    config, device = train_step.config, train_step.batches.device
+def wrap_net(train_step: TrainStep, say: Callable[[str], None]) -> None:
+    """Compile the net where that pays, then have the ranks share its gradients.
+
+    After the weights are loaded, which rank 0 sends to the others here; and before the compiled
+    net is first called, or the gradients would be sent only after the whole backward pass.
+    """
+    if _compiles(train_step.config, train_step.batches.device, say):
+        say("compiling: the first step takes up to some minutes")
+        train_step.forward = torch.compile(train_step.net, fullgraph=True)
+        train_step.compiled = True
+    if train_step.world.size > 1:
+        train_step.forward = _shared(train_step)
+
+
+def _compiles(config: TrainConfig, device: torch.device, say: Callable[[str], None]) -> bool:
+    """Whether to compile; on CPU only when --force-compile asks for it."""
     if not (config.compile or config.force_compile):
-        return
+        return False
     if device.type == "cpu" and not config.force_compile:
         say("--compile: compiling does not pay on CPU; training eager (--force-compile compiles)")
-        return
+        return False
     if device.type == "cuda" and not has_triton():
         if config.force_compile:
             raise UsageError("--force-compile on CUDA needs Triton: pip install triton")
         say("--compile needs Triton, which is not installed (pip install triton); training eager")
-        return
-    say("compiling: the first step takes up to some minutes")
-    train_step.forward = torch.compile(train_step.net, fullgraph=True)
+        return False
+    return True
+
+
+def _shared(train_step: TrainStep) -> DistributedDataParallel:
+    """The net whose gradients are the mean over the ranks; its EMA and buffers stay outside."""
+    config, device = train_step.config, train_step.batches.device
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # 2.13 renames broadcast_buffers
+        shared = DistributedDataParallel(
+            train_step.forward,
+            device_ids=[device] if device.type == "cuda" else None,
+            broadcast_buffers=False,  # rng differs from rank to rank
+            gradient_as_bucket_view=True,
+            static_graph=config.grad_accumulation == 1,  # its first pass must be one that is sent
+        )
+    if config.grad_compression == "bf16":
+        shared.register_comm_hook(None, bf16_compress_hook)
+    return shared
 
 
 def compile_errors() -> tuple[type[Exception], ...]:

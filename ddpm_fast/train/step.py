@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ddpm_fast.data.batches import Batches
 from ddpm_fast.diffusion.process import Diffusion
+from ddpm_fast.distributed import ALONE, World
 from ddpm_fast.ema import EMA
 from ddpm_fast.graphs import CapturedCall
 from ddpm_fast.nn.unet import UNet
@@ -40,11 +43,13 @@ class TrainStep:
         ema: EMA,
         autocast_dtype: torch.dtype | None,
         flip: bool,
+        world: World = ALONE,
     ) -> None:
         self.config, self.net, self.proc, self.batches = config, net, proc, batches
         self.optimizer, self.ema, self.autocast_dtype = optimizer, ema, autocast_dtype
-        self.flip = flip
-        self.forward: Callable[..., Tensor] = net  # or its compiled form
+        self.flip, self.world = flip, world
+        self.forward: Callable[..., Tensor] = net  # or what setup.wrap_net makes of it
+        self.compiled = False
         self.parameters = list(net.parameters())
         device = batches.device
         self.rng = torch.tensor([config.seed, 0, 0], device=device)  # seed, step, first_index
@@ -56,7 +61,7 @@ class TrainStep:
         optimizer.found_inf = self._refused  # torch's fused optimizers leave all as it is where 1
         size = batches.batch_size // config.grad_accumulation
         self._parts = [slice(at, at + size) for at in range(0, batches.batch_size, size)]
-        self.call = CapturedCall(self._run, device, wanted=config.cuda_graph != "off")
+        self.call = CapturedCall(self._run, device, why_not=self._why_no_graph())
 
     def __call__(self, step: int) -> None:
         """Run step number `step`, counted from 0."""
@@ -72,7 +77,11 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         self.loss.zero_()
         for part in self._parts:
-            self.backward(part)
+            with self._unsent(part is not self._parts[-1]):
+                self.backward(part)
+        if self.world.size > 1:
+            dist.all_reduce(self.loss)
+            self.loss /= self.world.size
         norm = torch.nn.utils.clip_grad_norm_(
             self.parameters, self.config.grad_clip or float("inf"), foreach=True
         )
@@ -84,7 +93,7 @@ class TrainStep:
         """Add a part of the batch's share of the loss and of the gradients."""
         batches, share = self.batches, 1 / len(self._parts)
         seed, step, first_index = self.rng.unbind()
-        first_index = first_index + rows.start
+        first_index = first_index + (batches.first_index + rows.start)
         self.net.rng.copy_(torch.stack((seed, step, first_index)))
         with self.autocast():
             loss = self.proc.loss(
@@ -100,6 +109,17 @@ class TrainStep:
             )
         (loss * share).backward()
         self.loss += loss.detach() * share
+
+    def _unsent(self, wanted: bool) -> AbstractContextManager:
+        """A context in which gradients only add up on this rank."""
+        return self.forward.no_sync() if wanted and self.world.size > 1 else nullcontext()
+
+    def _why_no_graph(self) -> str | None:
+        if self.config.cuda_graph == "off":
+            return "--cuda-graph off"
+        if self.world.size > 1 and self.config.cuda_graph == "auto":
+            return "with several processes only --cuda-graph on captures, which is not yet measured"
+        return None
 
     def _judge(self) -> None:
         """Refuse the update of a step that is not finite."""

@@ -134,8 +134,9 @@ def test_a_net_that_does_not_compile_is_trained_eager_or_refused(
     def fake(train_step, say):
         torch._dynamo.reset()
         train_step.forward = torch.compile(train_step.net, backend=broken_backend)
+        train_step.compiled = True
 
-    monkeypatch.setattr("ddpm_fast.train.loop.compile_net", fake)
+    monkeypatch.setattr("ddpm_fast.train.loop.wrap_net", fake)
     run = tmp_path / "eager"
     assert train(run, "--iterations", 2) == 0
     shown = capsys.readouterr().out

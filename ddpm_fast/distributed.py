@@ -1,0 +1,146 @@
+"""The processes of a run: who this one is, and what they agree on by the host's own network.
+
+PyTorch Distributed and torchrun are the engine. Beside the gradients' group (NCCL on CUDA) there is
+a gloo group between the hosts: the ranks meet in it before each step, so that a rank that died is
+noticed even where the gradients' collectives lie in a captured graph, which no watchdog sees.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from ddpm_fast.device import pick_device
+from ddpm_fast.errors import UsageError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers; one process alone needs no process group.
+
+    rank, size  0 <= rank < size;  local_rank  on this machine: its GPU's number
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_chief(self) -> bool:
+        """Whether this is the one rank that writes files and talks."""
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank's flag is set: all ranks meet here and get the same answer.
+
+        raises  RuntimeError  a rank died, or did not come within the time-out
+        """
+        if self.size == 1:
+            return flag
+        value = torch.tensor([int(flag)])
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=_hosts())
+        return bool(value.item())
+
+    def gather(self, value: float) -> list[float]:
+        """Every rank's value, in the order of the ranks."""
+        if self.size == 1:
+            return [value]
+        values = torch.zeros(self.size, dtype=torch.float64)
+        values[self.rank] = value
+        dist.all_reduce(values, group=_hosts())
+        return values.tolist()
+
+    def from_chief(self, make: Callable[[], T]) -> T:
+        """make() of rank 0, on all ranks; a JSON-like value."""
+        if self.size == 1:
+            return make()
+        values: list[Any] = [make() if self.is_chief else None]
+        dist.broadcast_object_list(values, src=0, group=_hosts())
+        return values[0]
+
+    def chief_first(self, run: Callable[[], T]) -> T:
+        """run() on all ranks, on rank 0 before the others: it downloads what they then find."""
+        if self.size == 1:
+            return run()
+        if self.is_chief:
+            result = run()
+            self.any(False)
+            return result
+        self.any(False)
+        return run()
+
+    def leave(self) -> None:
+        """Take the process groups down, after a run that ended well."""
+        if self.size > 1:
+            dist.destroy_process_group()
+
+
+ALONE = World()
+
+_host_group: list[dist.ProcessGroup] = []
+
+
+def _hosts() -> dist.ProcessGroup:
+    return _host_group[0]
+
+
+def launched_by_torchrun() -> bool:
+    """Whether this process is one of several that torchrun, or something like it, has started."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def rank_device(name: str) -> torch.device:
+    """pick_device(name), or this process's own GPU if torchrun started several.
+
+    raises  UsageError  a device that is not there, or more processes than GPUs
+    """
+    device = pick_device(name)
+    if device.type != "cuda" or not launched_by_torchrun():
+        return device
+    local_rank, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if local_rank >= count:
+        raise UsageError(
+            f"process {local_rank} of this machine, which has {count} GPUs; allowed: "
+            "--nproc-per-node up to that, or --device cpu"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def is_lost_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank is gone or too late."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def join(device: torch.device, *, timeout_s: float) -> World:
+    """Meet the other processes that torchrun started; a World of one without it.
+
+    device     cpu: gradients by gloo; cuda: by NCCL
+    timeout_s  how long to wait for a rank before giving it up
+    raises     RuntimeError  the others do not come
+    """
+    if not launched_by_torchrun():
+        return World()
+    world = World(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+    timeout = timedelta(seconds=timeout_s)
+    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    # A restarted worker reuses the agent's store and could meet ports of the attempt before.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore(f"attempt_{attempt}", store),
+        rank=world.rank,
+        world_size=world.size,
+        timeout=timeout,
+    )
+    _host_group[:] = [dist.new_group(backend="gloo", timeout=timeout)]
+    return world
