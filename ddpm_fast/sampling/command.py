@@ -12,8 +12,8 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from ddpm_fast.device import pick_device
 from ddpm_fast.diffusion.sampler import DDIM_STEPS, OnStep, Sampler
+from ddpm_fast.distributed import World, join, rank_device
 from ddpm_fast.errors import UsageError
 from ddpm_fast.images import grid, grid_scale, save_gif, save_png, to_uint8
 from ddpm_fast.loading import Trained, load_trained
@@ -30,7 +30,8 @@ def draw(options: SampleOptions) -> None:
 
     raises  UsageError, CheckpointError, OSError
     """
-    device = pick_device(options.device)
+    device = rank_device(options.device)
+    world = join(device, timeout_s=options.timeout)
     try:
         trained = load_trained(
             options.checkpoint, preset=options.preset, ema=options.ema, device=device
@@ -41,17 +42,41 @@ def draw(options: SampleOptions) -> None:
     dtype = _dtype(options, device)
     precision = "fp32" if dtype is None else "bf16"
     identity = {**options.identity(), "precision": precision, "weights": _fingerprint(trained)}
-    folder = SampleFolder(Path(options.out), identity)
-    console = Console(highlight=False, soft_wrap=True)
-    start, drawn = time.perf_counter(), 0
-    batches = range(0, options.num_images, options.images_at_a_time)
-    if console.is_terminal:
-        batches = track(batches, "sampling", console=console)
+    folder = world.chief_first(
+        lambda: SampleFolder(Path(options.out), identity, first=world.is_chief)
+    )
+    console = Console(highlight=False, soft_wrap=True, quiet=not world.is_chief)
     sampler = _sampler(options, trained, dtype)
+    start = time.perf_counter()
+    drawn = sum(world.gather(_draw_share(options, trained, sampler, folder, world, console)))
+    seconds = time.perf_counter() - start
+    console.print(
+        f"{drawn:.0f} images drawn in {seconds:.1f} s, {options.num_images} in {folder.path}"
+    )
+    if world.is_chief:
+        _write_extras(options, trained, folder, sampler, console)
+    world.leave()
+
+
+def _draw_share(
+    options: SampleOptions,
+    trained: Trained,
+    sampler: Sampler,
+    folder: SampleFolder,
+    world: World,
+    console: Console,
+) -> int:
+    """Draw this rank's batches, every world.size-th; how many images were drawn.
+
+    Batches are cut alike for any number of ranks, so an image has the same bits.
+    """
+    size, drawn = options.images_at_a_time, 0
+    batches = range(world.rank * size, options.num_images, world.size * size)
+    shown = track(batches, "sampling", console=console) if console.is_terminal else batches
     with ThreadPoolExecutor(max_workers=1) as writer:
         written: Future | None = None  # while a batch is written the next is drawn
-        for first in batches:
-            numbers = range(first, min(first + options.images_at_a_time, options.num_images))
+        for first in shown:
+            numbers = range(first, min(first + size, options.num_images))
             if not folder.missing(numbers):
                 continue
             pixels = to_uint8(_sample(sampler, options, trained, numbers))
@@ -63,9 +88,7 @@ def draw(options: SampleOptions) -> None:
                 console.print(f"{numbers.stop}/{options.num_images} images")
         if written is not None:
             written.result()
-    seconds = time.perf_counter() - start
-    console.print(f"{drawn} images drawn in {seconds:.1f} s, {options.num_images} in {folder.path}")
-    _write_extras(options, trained, folder, sampler, console)
+    return drawn
 
 
 def _dtype(options: SampleOptions, device: torch.device) -> torch.dtype | None:

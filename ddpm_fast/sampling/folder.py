@@ -30,15 +30,17 @@ class SampleFolder:
     """Images of one net and one set of options.
 
     identity  JSON values that the pixels depend on
+    first     whether no other process writes to it yet: then a killed one's leftovers go
     raises    UsageError  the folder holds images of another identity, or other files
               OSError     it cannot be written
     """
 
-    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
+    def __init__(self, path: Path, identity: dict[str, Any], *, first: bool = True) -> None:
         self.path = path
         path.mkdir(parents=True, exist_ok=True)
-        for leftover in path.glob(".*.tmp"):  # of a killed process
-            leftover.unlink(missing_ok=True)
+        if first:
+            for leftover in path.glob(".*.tmp"):
+                leftover.unlink(missing_ok=True)
         record = path / RECORD
         if record.exists():
             # folders from before the precision was recorded were drawn in fp32

@@ -57,6 +57,8 @@ class SampleOptions:
     """also write denoising.gif, the first images' way from noise"""
     npz: bool = False
     """also write samples.npz: arr_0, uint8 (N, H, W, C), for evaluation tools"""
+    timeout: float = 1800.0
+    """seconds to wait for another process, under torchrun, before giving it up"""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """that the net runs in; auto: bf16 on CUDA, fp32 elsewhere"""
     device: str = "auto"
@@ -69,6 +71,8 @@ class SampleOptions:
                 raise ValueError(f"{name}={value} must be at least 1")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed} must be from 0 to 2**63 - 1")
+        if not self.timeout > 0:
+            raise ValueError(f"timeout={self.timeout} must be positive")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta={self.eta} must be from 0 to 1")
         if self.eta and self.sampler != "ddim":

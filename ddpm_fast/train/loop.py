@@ -24,7 +24,7 @@ from ddpm_fast.train.config import PROG, Invocation
 from ddpm_fast.train.memory import advice, is_out_of_memory
 from ddpm_fast.train.progress import Display, Measured, peak_gib
 from ddpm_fast.train.run_folder import RunFolder, default_run_dir
-from ddpm_fast.train.setup import compile_errors, make_step, open_data, with_batch_size, wrap_net
+from ddpm_fast.train.setup import compile_errors, for_ranks, make_step, open_data, wrap_net
 from ddpm_fast.train.step import TrainStep
 from ddpm_fast.train.summary import summarise
 from ddpm_fast.train.trackers import Track, open_trackers
@@ -42,7 +42,7 @@ def train(invocation: Invocation) -> None:
     config = invocation.config
     device = rank_device(config.device)
     world = join(device, timeout_s=config.timeout)
-    config = with_batch_size(config, world)
+    config = for_ranks(config, device, world)
     images = world.chief_first(lambda: open_data(config, print if world.is_chief else _quiet))
     train_step = make_step(config, images, device, world)
     path = Path(world.from_chief(lambda: str(config.run_dir or default_run_dir(config.preset))))

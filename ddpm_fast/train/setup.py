@@ -64,11 +64,15 @@ def fit_net_config(config: TrainConfig, images: ImageSet) -> UNetConfig:
     return net
 
 
-def with_batch_size(config: TrainConfig, world: World) -> TrainConfig:
+def for_ranks(config: TrainConfig, device: torch.device, world: World) -> TrainConfig:
     """The configuration with its global batch size; UsageError if the ranks cannot share it."""
     if config.batch_size_per_gpu is not None:
         batch_size = config.batch_size_per_gpu * world.size
         config = replace(config, batch_size=batch_size, batch_size_per_gpu=None)
+    if world.size > 1 and config.grad_compression != "none" and device.type != "cuda":
+        raise UsageError(
+            f"--grad-compression {config.grad_compression} is for CUDA; on {device.type}: none"
+        )
     shares = world.size * config.grad_accumulation
     if config.batch_size % shares:
         raise UsageError(
@@ -82,7 +86,7 @@ def make_step(
     config: TrainConfig, images: ImageSet, device: torch.device, world: World = ALONE
 ) -> TrainStep:
     """Everything that a step needs, at step 0; weights follow from config.seed."""
-    config = with_batch_size(config, world)
+    config = for_ranks(config, device, world)
     net_config = fit_net_config(config, images)
     if config.use_labels and images.labels is None:
         raise UsageError(

@@ -1,0 +1,92 @@
+"""A run does not depend on how many ranks it is cut into."""
+
+import json
+
+import pytest
+import torch
+
+from ddpm_fast import checkpoint
+from ddpm_fast.train.__main__ import main
+
+FLAGS = ("--iterations", 8, "--log-every", 2, "--sample-every", 0, "--checkpoint-every", 4,
+         "--dropout", 0.2, "--use-labels", "--flip", "on", "--learning-rate", 0.01,
+         "--warmup-steps", 0, "--lr-schedule", "constant")  # fmt: skip
+TRAIN = ("-m", "ddpm_fast.train")
+
+
+def losses(folder):
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").open()]
+
+
+def weights(folder, step=8):
+    parts = checkpoint.load(folder / "checkpoints" / f"step_{step:08d}").parts
+    return {f"{part}.{name}": t for part in parts for name, t in parts[part].items()}
+
+
+def assert_same_run(found, expected):
+    assert losses(found) == pytest.approx(losses(expected), rel=1e-5)
+    for name, tensor in weights(expected).items():
+        torch.testing.assert_close(weights(found)[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def one_rank(train_tiny):
+    return train_tiny(*FLAGS)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_losses_are_those_of_one_process(run_ranks, tmp_path, tiny, one_rank, ranks):
+    output = run_ranks(ranks, *TRAIN, *tiny, *FLAGS, "--run-dir", tmp_path / "run")
+    assert f"on {ranks} processes (cpu)" in output
+    assert output.count("finished 8 steps") == 1  # rank 0 alone talks
+    assert_same_run(tmp_path / "run", one_rank)
+
+
+def test_parts_of_the_batch_give_the_same_losses(run_ranks, tmp_path, tiny, one_rank):
+    flags = (*FLAGS, "--grad-accumulation", 2)
+    run_ranks(2, *TRAIN, *tiny, *flags, "--run-dir", tmp_path / "run")
+    assert_same_run(tmp_path / "run", one_rank)
+
+
+def test_a_batch_size_per_gpu_is_multiplied(run_ranks, tmp_path, tiny, one_rank):
+    flags = (*FLAGS, "--batch-size-per-gpu", 4)
+    run_ranks(2, *TRAIN, *tiny, *flags, "--run-dir", tmp_path / "run")
+    assert_same_run(tmp_path / "run", one_rank)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["batch_size"] == 8 and config["batch_size_per_gpu"] is None
+
+
+@pytest.mark.parametrize("first, then", [(2, 1), (1, 2)])
+def test_a_run_resumed_on_another_number_of_ranks_ends_alike(
+    run_ranks, tmp_path, tiny, one_rank, first, then
+):
+    run = tmp_path / "run"
+    start = [*tiny, *FLAGS, "--iterations", 4, "--run-dir", run]
+    for ranks, argv in ((first, start), (then, ["--resume", run, "--iterations", 8])):
+        if ranks == 1:
+            assert main([str(word) for word in argv]) == 0
+        else:
+            run_ranks(ranks, *TRAIN, *argv)
+    assert_same_run(run, one_rank)
+
+
+def test_what_the_ranks_cannot_do_is_refused(run_ranks, tmp_path, tiny):
+    for flags, told in [
+        (("--batch-size", 9), "--batch-size 9 over 2 processes in 1 parts: must be divisible by 2"),
+        (("--grad-compression", "bf16"), "--grad-compression bf16 is for CUDA; on cpu: none"),
+    ]:
+        argv = (*TRAIN, *tiny, *flags, "--run-dir", tmp_path / "run")
+        assert told in run_ranks(2, *argv, code=1)  # torchrun's own code
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_images_have_the_same_bits_for_any_number_of_ranks(run_ranks, tmp_path, one_rank, ranks):
+    from ddpm_fast.sample import main as sample
+
+    argv = ["--checkpoint", one_rank, "--num-images", 10, "--batch-size", 3, "--steps", 3,
+            "--device", "cpu", "--npz"]  # fmt: skip
+    assert sample([str(word) for word in (*argv, "--out", tmp_path / "one")]) == 0
+    run_ranks(ranks, "-m", "ddpm_fast.sample", *argv, "--out", tmp_path / "many")
+    for path in (tmp_path / "one").iterdir():
+        assert (tmp_path / "many" / path.name).read_bytes() == path.read_bytes(), path.name
