@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ddpm_fast.data.image_set import ImageSet
 from ddpm_fast.data.order import DataOrder
+from ddpm_fast.data.read_ahead import ReadAhead
 
 RESIDENT_BYTES = 8 * 2**30  # larger sets stay memory-mapped; only a batch's rows are copied
 
@@ -51,19 +52,29 @@ class Batches:
             else torch.empty(shape, dtype=torch.uint8, device=device)
         )
         self.rows = self._index_buffer() if resident else None
+        on_cuda = device.type == "cuda"
+        self._ahead = None if resident else ReadAhead(images.images, self._rows_of, pinned=on_cuda)
         self.y = self._index_buffer() if use_labels else None
         self._labels = torch.from_numpy(images.labels) if use_labels else None  # on the host
 
     def load(self, step: int) -> None:
         """Put the batch of a step into the buffers, without waiting for the device."""
-        first = step * self.global_batch_size + self.first_index
-        rows = self._order.rows(first, self.batch_size)
-        if self.rows is not None:
+        rows = self._rows_of(step)
+        if self._ahead is None:
             self._fill(self.rows, rows)
         else:
-            self._fill(self.x_0, torch.from_numpy(self.images.images[rows.numpy()]))
+            self._fill(self.x_0, self._ahead.at(step))
         if self.y is not None:
             self._fill(self.y, self._labels[rows])
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds that `load` has waited for a disk so far."""
+        return 0.0 if self._ahead is None else self._ahead.wait_s
+
+    def _rows_of(self, step: int) -> Tensor:
+        first = step * self.global_batch_size + self.first_index
+        return self._order.rows(first, self.batch_size)
 
     def _index_buffer(self) -> Tensor:
         return torch.zeros(self.batch_size, dtype=torch.int64, device=self.device)
@@ -71,6 +82,6 @@ class Batches:
     def _fill(self, buffer: Tensor, values: Tensor) -> None:
         if buffer.is_cuda:
             # torch keeps pinned memory until the copy is done
-            buffer.copy_(values.pin_memory(), non_blocking=True)
+            buffer.copy_(values if values.is_pinned() else values.pin_memory(), non_blocking=True)
         else:
             buffer.copy_(values)

@@ -263,6 +263,7 @@ class Run:
             images_per_s=round(steps * self.config.batch_size / seconds, 2),
             grad_norm=norm,
             peak_gib=round(peak_gib(self.device), 3),
+            data_wait=round((self.train_step.batches.wait_s - self._waited_s) / seconds, 4),
         )
         self._check_finite()
         self.last_measured = measured
@@ -309,7 +310,7 @@ class Run:
 
     def _start_interval(self) -> None:
         self._interval_start, self._interval_step = time.perf_counter(), self.step
-        self._maintenance_s = 0.0
+        self._maintenance_s, self._waited_s = 0.0, self.train_step.batches.wait_s
 
     @contextmanager
     def _maintenance(self) -> Iterator[None]:

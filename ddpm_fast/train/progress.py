@@ -17,7 +17,11 @@ from ddpm_fast.train.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class Measured:
-    """A logged step; `step` counts finished steps, peak_gib is the process's or the GPU's."""
+    """A logged step.
+
+    step  finished steps;  peak_gib  the process's or the GPU's
+    data_wait  share of the time in which the step waited for the disk
+    """
 
     step: int
     loss: float
@@ -25,14 +29,16 @@ class Measured:
     images_per_s: float
     grad_norm: float
     peak_gib: float
+    data_wait: float = 0.0
 
     def row(self) -> dict[str, float]:
         return asdict(self)
 
     def line(self) -> str:
+        waiting = f"  data wait {self.data_wait:.0%}" if self.data_wait >= 0.01 else ""
         return (
             f"loss {self.loss:.4f}  lr {self.lr:.1e}  {self.images_per_s:.0f} img/s  "
-            f"grad {self.grad_norm:.3f}  mem {self.peak_gib:.2f} GiB"
+            f"grad {self.grad_norm:.3f}  mem {self.peak_gib:.2f} GiB{waiting}"
         )
 
 

@@ -1,5 +1,7 @@
 """A batch is a function of (seed, step): rows of the set and their labels."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -88,9 +90,42 @@ def test_a_set_too_large_to_be_resident_gives_the_same_batches(tmp_path, monkeyp
     streamed = make(mapped, use_labels=True)
     assert resident.rows is not None and streamed.rows is None
     assert streamed.x_0.shape == (8, 3, 4, 6)
-    for step in (0, 3, 9):
+    for step in (0, 1, 2, 3, 9, 8, 10):  # read ahead or not
         for a, b in zip(batch(resident, step), batch(streamed, step), strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_ranks_share_the_batch_of_one(monkeypatch, resident):
+    if not resident:
+        monkeypatch.setattr(batches, "RESIDENT_BYTES", 0)
+    whole = make(use_labels=True)
+    ranks = [make(batch_size=4, use_labels=True, rank=rank, world_size=2) for rank in range(2)]
+    for step in (0, 1, 7):
+        x_0, y = batch(whole, step)
+        shares = [batch(loader, step) for loader in ranks]
+        assert torch.equal(torch.cat([share[0] for share in shares]), x_0)
+        assert torch.equal(torch.cat([share[1] for share in shares]), y)
+    assert [loader.first_index for loader in ranks] == [0, 4]
+
+
+def test_a_disk_that_is_slow_is_waited_for_once_and_counted(monkeypatch):
+    monkeypatch.setattr(batches, "RESIDENT_BYTES", 0)
+    loader = make()
+    select = loader._ahead._images.index_select
+
+    class Slow:
+        def index_select(self, *arguments):
+            time.sleep(0.05)
+            return select(*arguments)
+
+    loader._ahead._images = Slow()
+    loader.load(0)
+    assert loader.wait_s > 0.04
+    time.sleep(0.3)  # the next two steps are read meanwhile
+    before = loader.wait_s
+    loader.load(1), loader.load(2)
+    assert loader.wait_s - before < 0.04
 
 
 def test_a_set_smaller_than_the_batch_is_repeated_evenly():
