@@ -90,3 +90,16 @@ def test_images_have_the_same_bits_for_any_number_of_ranks(run_ranks, tmp_path, 
     run_ranks(ranks, "-m", "ddpm_fast.sample", *argv, "--out", tmp_path / "many")
     for path in (tmp_path / "one").iterdir():
         assert (tmp_path / "many" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_gradients_are_sent_while_the_backward_pass_goes_on_compiled_or_not(run_ranks):
+    """With two parts of the batch, averages and, compiled, the net split at its buckets."""
+    losses = []
+    for how in ("eager", "compiled"):
+        output = run_ranks(2, "-m", "tests.distributed.hook_order", how).splitlines()
+        (events,) = (line.split()[1:] for line in output if line.startswith("events"))
+        last_part = events[events.index("first_layer") + 1 :]  # the first one's is not sent
+        assert last_part.count("sent") >= 3
+        assert last_part.index("sent") < last_part.index("first_layer") - 1, last_part
+        losses += [float(line.split()[1]) for line in output if line.startswith("loss")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
