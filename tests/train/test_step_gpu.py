@@ -1,0 +1,101 @@
+"""The captured step and sampler against the same calls one launch after the other."""
+
+import pytest
+import torch
+
+import ddpm_fast as df
+from ddpm_fast.data import open_images
+from ddpm_fast.train.config import TrainConfig
+from ddpm_fast.train.setup import make_step, wrap_net
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+STEPS = 8  # three warm up, then one is captured
+
+
+@pytest.fixture(autouse=True)
+def deterministic(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+
+
+def run(**changes):
+    config = TrainConfig(**{"dropout": 0.1, "device": "cuda", **changes})
+    step = make_step(config, open_images("digits", data_root="."), torch.device("cuda", 0))
+    wrap_net(step, print)
+    losses = []
+    for number in range(STEPS):
+        step(number)
+        losses.append(step.loss.item())
+    return step, losses
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"precision": "fp32"},
+        {"precision": "bf16"},
+        {"grad_accumulation": 2},
+        {"use_labels": True},
+        {"recompute": "norm"},
+        {"recompute": "block"},
+        {"optimizer": "adam", "ema_warmup": False},
+    ],
+)
+def test_the_captured_step_is_the_eager_one_bit_for_bit(options):
+    captured, losses = run(cuda_graph="on", **options)
+    eager, expected = run(cuda_graph="off", **options)
+    assert captured.call.captured, captured.call.why_not
+    assert not eager.call.captured
+    assert losses == expected
+    for a, b in zip(captured.ema.net.parameters(), eager.ema.net.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_captured_step_follows_the_learning_rate_and_leaves_out_what_is_not_finite():
+    step, _ = run(cuda_graph="on", on_nan="skip")
+    before = [p.clone() for p in step.parameters]
+    step._set_learning_rate(0.0)
+    step.batches.load(STEPS)
+    step.call()
+    assert all(torch.equal(a, b) for a, b in zip(before, step.parameters, strict=True))
+    scale = step.net.out_conv.weight.data.clone()
+    step.net.out_conv.weight.data.fill_(float("inf"))
+    inf = [p.clone() for p in step.parameters]
+    step(STEPS)
+    assert int(step.skipped) == 1
+    assert all(torch.equal(a, b) for a, b in zip(inf, step.parameters, strict=True))
+    step.net.out_conv.weight.data.copy_(scale)
+    step(STEPS + 1)
+    assert int(step.skipped) == 1 and step.loss.isfinite()
+
+
+def test_nothing_in_a_replayed_step_waits_for_the_device():
+    step, _ = run(cuda_graph="on")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(STEPS)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("options", [{}, {"sampler": "ddpm"}, {"eta": 1.0}])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_captured_sampler_draws_what_an_uncaptured_one_does(options, dtype):
+    torch.manual_seed(0)
+    net = df.UNet(1, 32, (1, 2), 1, time_emb_dim=32, num_groups=8, image_size=16).cuda().eval()
+    net = net.to(memory_format=torch.channels_last)
+    proc = df.Diffusion("cosine", 100)
+
+    def draw(why_not):
+        sampler = df.Sampler(net, proc, steps=20, batch_size=4, dtype=dtype, **options)
+        for call in sampler._steps.values():
+            call.why_not = why_not
+        images = sampler(10, seed=3)
+        assert sampler._steps[False].captured == (why_not is None)
+        return images
+
+    assert torch.equal(draw(None), draw("to compare with"))
