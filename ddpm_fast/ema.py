@@ -31,12 +31,21 @@ class EMA:
         """The decay of the update-th update, counted from 1."""
         return min(self.decay, (1 + update) / (10 + update)) if self.warmup else self.decay
 
+    def next_weight(self) -> float:
+        """Count an update; the share of the new weights in it, for who does it elsewhere."""
+        self.updates += 1
+        return 1 - self.decay_at(self.updates)
+
     @torch.no_grad()
     def update(self, net: nn.Module) -> None:
         """Move the averages towards `net`'s weights."""
-        self.updates += 1
         weights = [w.float() for w in net.parameters()]
-        torch._foreach_lerp_(self._average, weights, 1 - self.decay_at(self.updates))
+        torch._foreach_lerp_(self._average, weights, self.next_weight())
+        self.copy_buffers(net)
+
+    @torch.no_grad()
+    def copy_buffers(self, net: nn.Module) -> None:
+        """Take over what is not averaged, such as batch norm's running statistics."""
         for mine, theirs in zip(self.net.buffers(), net.buffers(), strict=True):
             mine.copy_(theirs)
 

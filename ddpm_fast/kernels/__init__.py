@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
     SPECS: tuple[KernelSpec, ...]
 
-MODULES = ("philox", "dropout", "q_sample", "posterior_step", "group_norm_silu", "attention")
+MODULES = (
+    "philox", "dropout", "q_sample", "posterior_step", "group_norm_silu", "attention", "adamw_ema",
+)  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

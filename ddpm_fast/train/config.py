@@ -81,8 +81,8 @@ class TrainConfig:
     """after the warm-up: constant, or half a cosine down to 0 at the last step"""
     warmup_steps: int = 100
     """steps of linear warm-up"""
-    optimizer: Literal["adam", "adamw"] = "adamw"
-    """Adam, or AdamW with weight_decay"""
+    optimizer: Literal["adam", "adamw", "adamw-one-pass"] = "adamw"
+    """Adam, AdamW with weight_decay, or our AdamW that also clips and averages in one pass"""
     weight_decay: float = 0.0
     """AdamW's decoupled decay"""
     grad_clip: float = 1.0

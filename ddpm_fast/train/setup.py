@@ -110,9 +110,10 @@ def make_step(
         )  # fmt: skip
     except ValueError as error:
         raise UsageError(str(error)) from None
+    rate = config.learning_rate
     optimizer = make_optimizer(
-        config.optimizer, net.parameters(), learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
+        config.optimizer, net.parameters(), weight_decay=config.weight_decay,
+        learning_rate=torch.tensor(rate, device=device) if device.type == "cuda" else rate,
     )  # fmt: skip
     bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
     return TrainStep(

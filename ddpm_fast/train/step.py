@@ -13,6 +13,7 @@ from ddpm_fast.data.batches import Batches
 from ddpm_fast.diffusion.process import Diffusion
 from ddpm_fast.distributed import ALONE, World
 from ddpm_fast.ema import EMA
+from ddpm_fast.fused_adamw import FusedAdamW
 from ddpm_fast.graphs import CapturedCall
 from ddpm_fast.nn.unet import UNet
 from ddpm_fast.optimizer import learning_rate_at
@@ -58,7 +59,9 @@ class TrainStep:
         self.healthy = torch.ones((), dtype=torch.bool, device=device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self._refused = torch.zeros((), device=device)
-        optimizer.found_inf = self._refused  # torch's fused optimizers leave all as it is where 1
+        optimizer.found_inf = self._refused  # fused optimizers leave all as it is where 1
+        self._averages_itself = isinstance(optimizer, FusedAdamW)
+        self._ema_weights = torch.zeros(1, device=device)  # of the new weights, for FusedAdamW
         size = batches.batch_size // config.grad_accumulation
         self._parts = [slice(at, at + size) for at in range(0, batches.batch_size, size)]
         self.call = CapturedCall(self._run, device, why_not=self._why_no_graph())
@@ -68,8 +71,13 @@ class TrainStep:
         self.batches.load(step)
         self.rng[1].fill_(step)  # a launch, where copying from the host would wait
         self._set_learning_rate(self.learning_rate(step))
+        due = (step + 1) % self.config.ema_update_rate == 0
+        if self._averages_itself:
+            self._ema_weights.fill_(self.ema.next_weight() if due else 0.0)
         self.call()
-        if (step + 1) % self.config.ema_update_rate == 0:
+        if due and self._averages_itself:
+            self.ema.copy_buffers(self.net)
+        elif due:
             self.ema.update(self.net)  # not captured: its decay changes
 
     def _run(self) -> None:
@@ -82,12 +90,33 @@ class TrainStep:
         if self.world.size > 1:
             dist.all_reduce(self.loss)
             self.loss /= self.world.size
+        if self._averages_itself:
+            self._update_in_one_pass()
+        else:
+            self._update()
+
+    def _update(self) -> None:
+        """Clip and update by torch's own kernels."""
         norm = torch.nn.utils.clip_grad_norm_(
             self.parameters, self.config.grad_clip or float("inf"), foreach=True
         )
         self.grad_norm.copy_(norm)
-        self._judge()
+        finite = torch.isfinite(self.loss) & torch.isfinite(norm)
+        self._judge(finite)
+        self._refused.copy_(~(finite & self.healthy))
         self.optimizer.step()
+
+    def _update_in_one_pass(self) -> None:
+        """Clip, update and average; the optimizer itself refuses a gradient that is not finite."""
+        self._refused.copy_(~(torch.isfinite(self.loss) & self.healthy))
+        self.optimizer.step(
+            max_norm=self.config.grad_clip or float("inf"),
+            emas=[list(self.ema.net.parameters())],
+            ema_weights=self._ema_weights,
+            skip_nonfinite=True,
+        )
+        self.grad_norm.copy_(self.optimizer.grad_norm)
+        self._judge(self.optimizer.applied != 0)
 
     def backward(self, rows: slice) -> None:
         """Add a part of the batch's share of the loss and of the gradients."""
@@ -121,15 +150,12 @@ class TrainStep:
             return "with several processes only --cuda-graph on captures, which is not yet measured"
         return None
 
-    def _judge(self) -> None:
-        """Refuse the update of a step that is not finite."""
-        finite = torch.isfinite(self.loss) & torch.isfinite(self.grad_norm)
+    def _judge(self, finite: Tensor) -> None:
+        """Count a step that is not finite, or remember it for good."""
         if self.config.on_nan == "skip":
             self.skipped += ~finite
-            self._refused.copy_(~finite)
         else:
             self.healthy &= finite
-            self._refused.copy_(~self.healthy)
 
     @property
     def _memory_format(self) -> torch.memory_format:

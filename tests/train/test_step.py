@@ -51,7 +51,18 @@ def test_recomputing_trains_alike(recompute):
     assert recomputed.loss.item() == pytest.approx(plain.loss.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+def test_the_one_pass_optimizer_trains_as_torchs_with_its_averages():
+    torchs, ours = (build(optimizer=name) for name in ("adamw", "adamw-one-pass"))
+    for number in range(4):
+        torchs(number), ours(number)
+        assert ours.loss.item() == pytest.approx(torchs.loss.item(), rel=1e-5)
+        assert ours.grad_norm.item() == pytest.approx(torchs.grad_norm.item(), rel=1e-5)
+    assert ours.ema.updates == torchs.ema.updates == 4
+    for a, b in zip(state_of(torchs), state_of(ours), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "adamw-one-pass"])
 def test_a_step_that_is_not_finite_changes_no_weight_and_stops_all_later_ones(
     optimizer, monkeypatch
 ):
@@ -66,8 +77,9 @@ def test_a_step_that_is_not_finite_changes_no_weight_and_stops_all_later_ones(
     assert all(torch.equal(a, b) for a, b in zip(before, step.parameters, strict=True))
 
 
-def test_a_skipped_step_leaves_weights_and_moments_and_training_goes_on(monkeypatch):
-    step = build(on_nan="skip", ema_warmup=False, ema_decay=0.0)
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "adamw-one-pass"])
+def test_a_skipped_step_leaves_weights_and_moments_and_training_goes_on(optimizer, monkeypatch):
+    step = build(on_nan="skip", ema_warmup=False, ema_decay=0.0, optimizer=optimizer)
     step(0)
     before = state_of(step)
     with monkeypatch.context() as patch:

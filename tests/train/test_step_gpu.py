@@ -42,6 +42,7 @@ def run(**changes):
         {"recompute": "norm"},
         {"recompute": "block"},
         {"optimizer": "adam", "ema_warmup": False},
+        {"optimizer": "adamw-one-pass"},
     ],
 )
 def test_the_captured_step_is_the_eager_one_bit_for_bit(options):
