@@ -17,6 +17,7 @@ VERBS = {
     "train": ("ddpm_fast.train.__main__", "train a U-Net, or continue a run"),
     "sample": ("ddpm_fast.sample", "draw images from a trained net"),
     "doctor": ("ddpm_fast.doctor.__main__", "show what works on this machine, and what mends it"),
+    "scaling": ("ddpm_fast.scaling.__main__", "measure and predict scaling over GPUs"),
 }
 
 

@@ -24,7 +24,7 @@ def received(monkeypatch) -> dict[str, list[str]]:
     return calls
 
 
-@pytest.mark.parametrize("verb", ["train", "sample", "doctor"])
+@pytest.mark.parametrize("verb", ["train", "sample", "doctor", "scaling"])
 def test_a_verb_gets_the_rest_of_the_arguments_and_gives_its_exit_code(received, verb):
     assert cli.main([verb, "--help", "x"]) == 7
     assert received == {verb: ["--help", "x"]}
@@ -34,7 +34,7 @@ def test_help_lists_each_verb_on_a_line_and_exits_0(capsys):
     assert cli.main(["--help"]) == 0
     shown = capsys.readouterr()
     listed = [line.split()[0] for line in shown.out.splitlines() if line.startswith("  ")]
-    assert listed == ["train", "sample", "doctor"]
+    assert listed == ["train", "sample", "doctor", "scaling"]
     assert max(map(len, shown.out.splitlines())) <= 80
     assert shown.err == ""
 
@@ -57,7 +57,7 @@ def test_no_verb_shows_the_usage_on_stderr_and_exits_2(capsys):
 def test_an_unknown_verb_is_one_line_with_the_nearest_and_the_allowed(capsys, given, near):
     assert cli.main([given, "--preset", "digits"]) == 2
     assert capsys.readouterr().err == (
-        f"ddpm-fast: error: unknown verb {given!r}{near}; verbs: train, sample, doctor\n"
+        f"ddpm-fast: error: unknown verb {given!r}{near}; verbs: train, sample, doctor, scaling\n"
     )
 
 

@@ -18,16 +18,21 @@ RANKS = {
     "ops": 2, "graphs": 2, "fused_adamw": 2,
     "nn": 3, "diffusion": 3, "data": 3, "device": 3, "distributed": 3, "ema": 3, "images": 3, "metrics": 3,
     "optimizer": 3,
-    "checkpoint": 4, "convert": 4,
+    "checkpoint": 4, "checkpoint_writer": 4, "convert": 4,
     "loading": 5, "train": 5,
-    "sampling": 6, "doctor": 6,
+    "sampling": 6, "doctor": 6, "scaling": 6,
     "sample": 7, "cli": 7,
     "__main__": 8,
     "": 9,  # __init__.py: the public names
 }  # fmt: skip
-ALSO = {"distributed": {"device"}, "arguments": {"errors"}, "convert": {"checkpoint"}}
+ALSO = {
+    "distributed": {"device"},
+    "arguments": {"errors"},
+    "checkpoint_writer": {"checkpoint"},
+    "convert": {"checkpoint"},
+}
 
-USES_TORCH = {"ddpm_fast.data.order", "ddpm_fast.data.batches"}
+USES_TORCH = {"ddpm_fast.data.order", "ddpm_fast.data.batches", "ddpm_fast.data.read_ahead"}
 LIGHT = ("ddpm_fast.errors", "ddpm_fast.arguments", "ddpm_fast.cli", "ddpm_fast.nn.config",
          "ddpm_fast.train.config", "ddpm_fast.sampling.options", "ddpm_fast.doctor.__main__",
          "ddpm_fast.doctor.rows", "ddpm_fast.doctor.checks", "ddpm_fast.doctor.table")  # fmt: skip

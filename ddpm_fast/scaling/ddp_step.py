@@ -1,0 +1,112 @@
+"""One data-parallel training step, from the public pieces, cut so that its parts can be timed."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from ddpm_fast.diffusion.process import Diffusion
+from ddpm_fast.ema import EMA
+from ddpm_fast.nn.unet import UNet
+from ddpm_fast.optimizer import make_optimizer
+
+RESIDENT_IMAGES = 4096
+
+
+class DdpStep:
+    """A rank's net, optimizer, averages and synthetic uint8 images.
+
+    A world of one has no DDP, as one would train on one GPU. batch is set before the first step,
+    and may be changed between steps.
+    """
+
+    def __init__(
+        self, *, preset: str, device: torch.device, rank: int, world_size: int, bf16: bool,
+        compile: bool,
+    ) -> None:  # fmt: skip
+        torch.manual_seed(0)
+        self.device, self.rank, self.bf16 = device, rank, bf16
+        self.net = UNet.from_preset(preset).to(device, memory_format=torch.channels_last)
+        self.net.set_rng(0, 0, rank * RESIDENT_IMAGES)
+        self.parameters = list(self.net.parameters())
+        self.proc = Diffusion()
+        size, channels = self.net.image_size, self.net.img_channels
+        noise = torch.Generator().manual_seed(rank)
+        shape = (RESIDENT_IMAGES, channels, size, size)
+        images = torch.randint(256, shape, dtype=torch.uint8, generator=noise)
+        self.images = images.to(device)
+        self.ddp: DistributedDataParallel | None = None
+        if world_size > 1:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renames the last one
+                self.ddp = DistributedDataParallel(
+                    self.net,
+                    device_ids=[device.index] if device.type == "cuda" else None,
+                    gradient_as_bucket_view=True,
+                    static_graph=True,
+                    broadcast_buffers=False,  # each rank's dropout counters are its own
+                )
+        self.forward = self.ddp or self.net
+        if compile:
+            self.forward = torch.compile(self.forward)
+        self.optimizer = make_optimizer(
+            "adam", self.parameters, learning_rate=2e-4, weight_decay=0.0
+        )
+        self.ema = EMA(self.net, 0.9999)
+        self.counters = torch.tensor([0, 0, 0], device=device)  # seed, step, first_index
+        self.batch, self.step = 0, 0
+        self.last_loss = torch.zeros((), device=device)
+
+    def load(self) -> Tensor:
+        """The next images, gathered from the resident set: (batch, C, H, W) uint8."""
+        first = self.step * self.batch
+        rows = torch.arange(first, first + self.batch, device=self.device) % RESIDENT_IMAGES
+        return self.images[rows]
+
+    def loss(self, x_0: Tensor, forward: Any = None) -> Tensor:
+        seed, step, first_index = self.counters.unbind()
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+        on_gpu = self.device.type == "cuda"
+        with autocast:
+            return self.proc.loss(
+                forward or self.forward, x_0, seed=seed, step=step, first_index=first_index,
+                memory_format=torch.channels_last if on_gpu else torch.contiguous_format,
+            )  # fmt: skip
+
+    def gradients(self) -> None:
+        self.counters[1].fill_(self.step)
+        self.counters[2].fill_(self.rank * self.batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.loss(self.load())
+        loss.backward()
+        self.last_loss = loss.detach()
+
+    def update(self) -> None:
+        """What follows the gradients: clipping, optimizer, averages."""
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
+        self.optimizer.step()
+        self.ema.update(self.net)
+
+    def synced(self) -> None:
+        """A whole step."""
+        self.gradients()
+        self.update()
+        self.step += 1
+
+    def alone(self) -> None:
+        """A whole step without communication; the ranks' weights go apart, which no time shows."""
+        if self.ddp is None:
+            return self.synced()
+        with self.ddp.no_sync():
+            self.gradients()
+        self.update()
+        self.step += 1
+
+    def wait(self) -> None:
+        """Until the device has done all it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)

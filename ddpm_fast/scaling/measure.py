@@ -1,0 +1,170 @@
+"""From options to a result: world sizes one after the other, each in processes of its own."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ddpm_fast.errors import UsageError
+from ddpm_fast.scaling import host
+from ddpm_fast.scaling.assemble import add_predictions, measured_parts
+from ddpm_fast.scaling.interconnects import interconnect_of
+from ddpm_fast.scaling.launch import read_ranks, run_world
+from ddpm_fast.scaling.live import LiveView
+from ddpm_fast.scaling.machine import describe, versions
+from ddpm_fast.scaling.monitor import Monitor
+from ddpm_fast.scaling.options import ScalingOptions, check_divides
+from ddpm_fast.scaling.result import SCHEMA, rank_word
+
+MOST_SAMPLES = 2000  # kept in a result
+
+
+def choose_worlds(options: ScalingOptions) -> list[int]:
+    """World sizes in order; UsageError where the machine has fewer GPUs. Never CPU unasked."""
+    if options.backend == "gloo":
+        return sorted(set(options.gpus)) or powers_of_two(host.cores())
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    worlds = sorted(set(options.gpus)) or powers_of_two(count)
+    if not worlds or max(worlds) > count:
+        more = _listed([n for n in worlds if n > count] or [8])
+        given = f"--gpus {_listed(worlds)}" if worlds else "--backend nccl"
+        if count:
+            has = f"{count} CUDA GPU{'s' * (count > 1)}"
+            use = f"--gpus {_listed(powers_of_two(count))} --predict {more}"
+        else:
+            has, use = "no CUDA GPU", f"--backend gloo --gpus 1,2 --predict {more} (CPU processes)"
+        raise UsageError(
+            f"{given}: this machine has {has} that torch {torch.__version__} can use; allowed "
+            f"here, predicting what cannot be measured: {use}"
+        )
+    return worlds
+
+
+def powers_of_two(count: int) -> list[int]:
+    """1, 2, 4, ... up to count, and count itself."""
+    return sorted({2**i for i in range(count.bit_length())} | {count}) if count else []
+
+
+def _listed(numbers: list[int]) -> str:
+    return ",".join(map(str, numbers))
+
+
+def measure(options: ScalingOptions, console: Console) -> dict[str, Any]:
+    """Measure every world size; after a failure what was measured before is in the result."""
+    started = time.monotonic()
+    worlds = choose_worlds(options)
+    check_divides(options, worlds)
+    gloo = options.backend == "gloo"
+    result = _header(options, gloo)
+    threads = max(1, host.cores() // max(worlds)) if gloo else None
+    if gloo:
+        result["notes"].append(
+            f"ranks are CPU processes of {threads} thread{'s' * (threads > 1)} each; "
+            "their scaling says nothing of GPUs"
+        )
+        if max(worlds) > host.cores():
+            result["notes"].append(f"more processes than this machine's {host.cores()} cores")
+    if hasattr(os, "getloadavg") and (load := os.getloadavg()[0]) > host.cores() / 2:
+        result["notes"].append(
+            f"the machine was busy before: a load of {load:.1f} on {host.cores()} cores"
+        )
+    ranks: list[list[dict[str, Any]]] = []
+    windows = sum(len(_batches(options, n)) for n in worlds) * options.windows
+    with (
+        tempfile.TemporaryDirectory(prefix="ddpm-fast-scaling-") as work,
+        LiveView(console, word=rank_word(result), windows=windows) as view,
+    ):
+        for n in worlds:
+            view.world(n)
+            folder = Path(work) / f"world-{n}"
+            offset = time.monotonic() - started
+            with Monitor([] if gloo else None) as monitor:
+
+                def on_poll(events, monitor=monitor):
+                    for event in events:
+                        view.event(event)
+                    view.refresh(monitor.latest())
+
+                found = run_world(
+                    folder, _spec(options, n, worlds), n, time_limit=options.time_limit,
+                    threads=threads, on_poll=on_poll,
+                )  # fmt: skip
+            if monitor.why_not and not gloo and monitor.why_not not in result["notes"]:
+                result["notes"].append(monitor.why_not)
+            for sample in monitor.samples:
+                row = {**asdict(sample), "seconds": sample.seconds + offset, "world_size": n}
+                result["samples"].append(row)
+            ranks.append(read_ranks(folder, n))
+            result["failures"] += found
+            if found:
+                break
+    result |= measured_parts(ranks, options.strong_batch)
+    every = -(-len(result["samples"]) // MOST_SAMPLES)
+    result["samples"] = result["samples"][:: max(1, every)]
+    add_predictions(result, sorted(set(options.predict)), _interconnect(options, result))
+    result["seconds"] = time.monotonic() - started
+    return result
+
+
+def _header(options: ScalingOptions, gloo: bool) -> dict[str, Any]:
+    precision = options.precision
+    if precision == "auto":
+        precision = "fp32" if gloo else "bf16"
+    return {
+        "schema": SCHEMA,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "seconds": 0.0,
+        "kind": "cpu-processes" if gloo else "gpu",
+        "backend": options.backend,
+        "preset": options.net,
+        "precision": precision,
+        "compile": options.compile,
+        "demo": options.demo,
+        "batch_per_rank": options.batch,
+        "global_batch": options.strong_batch,
+        "versions": versions(),
+        "machine": describe(gpus=not gloo),
+        "model": None, "predicted": [], "failures": [], "samples": [], "notes": [],
+    }  # fmt: skip
+
+
+def _batches(options: ScalingOptions, n: int) -> dict[str, int]:
+    """Mode -> images a rank; a strong row that is the weak one is measured once."""
+    strong = options.strong_batch // n
+    return {"weak": options.batch, **({"strong": strong} if strong != options.batch else {})}
+
+
+def _spec(options: ScalingOptions, n: int, worlds: list[int]) -> dict[str, Any]:
+    """What the workers of a world are told. The smallest also times the other strong batches."""
+    batches = _batches(options, n)
+    others = {options.strong_batch // m for m in worlds} - set(batches.values())
+    precision = options.precision
+    if precision == "auto":
+        precision = "fp32" if options.backend == "gloo" else "bf16"
+    return {
+        "backend": options.backend,
+        "preset": options.net,
+        "precision": precision,
+        "compile": options.compile,
+        "batches": batches,
+        "alone_batches": sorted(others, reverse=True) if n == min(worlds) else [],
+        "windows": options.windows,
+        "window_s": options.seconds_a_window,
+    }
+
+
+def _interconnect(options: ScalingOptions, result: dict[str, Any]) -> str | None:
+    """The one asked for; where no all-reduce was measured, the one of this kind of GPU."""
+    if options.interconnect or options.backend == "gloo" or result["all_reduce"]:
+        return options.interconnect
+    devices = result["machine"]["devices"]
+    return interconnect_of(devices[0]) if devices else None

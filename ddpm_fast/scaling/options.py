@@ -1,0 +1,132 @@
+"""The scaling command's flags and the checks that need no machine. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from ddpm_fast.arguments import parse
+from ddpm_fast.errors import UsageError
+from ddpm_fast.nn import config as nn_config
+
+PROG = "python -m ddpm_fast.scaling"
+DEMO_BATCH = 16
+RENAMED = {"world-sizes": "gpus", "backends": "backend"}
+BATCHES = {"digits": 64, "cifar10": 128, "seed-cifar10": 128}  # as the trainer's presets
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScalingOptions:
+    """Measure how training scales over GPUs, weak and strong, and predict what was not measured.
+
+    Leaves a report, result.json, result.csv, plots and one HTML page in --out.
+    Also: `show RESULT.json`, `compare A.json B.json`, `claim` (the original repository's).
+    """
+
+    gpus: tuple[int, ...] = ()
+    """how many, as 1,2,4,8; none: powers of two up to all"""
+    backend: Literal["nccl", "gloo"] = "nccl"
+    """nccl: GPUs; gloo: as many CPU processes, which say nothing of GPUs"""
+    preset: str | None = None
+    """net: cifar10, seed-cifar10, digits; None: cifar10, or digits for --demo"""
+    batch_size: int | None = None
+    """images a GPU (weak) and in all (strong); None: the preset's"""
+    global_batch: int | None = None
+    """images of a strong step, all GPUs together; None: batch_size"""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """bf16 autocast or fp32; auto: bf16 on GPUs"""
+    compile: bool = False
+    """compile the step with torch.compile"""
+    demo: bool = False
+    """a small net and short windows: about half a minute a world size"""
+    windows: int = 5
+    """timed windows a row, at least 5"""
+    window_s: float | None = None
+    """seconds a window; None: 2, or 0.5 for --demo"""
+    predict: tuple[int, ...] = ()
+    """world sizes to predict by the model, as 8,64,1024"""
+    interconnect: str | None = None
+    """published figures for predictions, as h200-nvlink; None: what was measured"""
+    legacy_json: bool = False
+    """also write legacy.json, with the original repository's field names"""
+    time_limit: int = 900
+    """seconds that one world size may take"""
+    out: str | None = None
+    """folder for the results; None: runs/scaling-<time>"""
+
+    def __post_init__(self) -> None:
+        for name in ("gpus", "predict"):
+            for value in getattr(self, name):
+                if value < 1:
+                    raise ValueError(f"{name} holds {value}, must hold numbers of at least 1")
+        for name, least in (("batch_size", 1), ("global_batch", 1), ("windows", 5),
+                            ("time_limit", 10)):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value} must be at least {least}")
+        if self.window_s is not None and not 0.05 <= self.window_s <= 600:
+            raise ValueError(f"window_s={self.window_s} must be from 0.05 to 600")
+
+    @property
+    def net(self) -> str:
+        return self.preset or ("digits" if self.demo else "cifar10")
+
+    @property
+    def batch(self) -> int:
+        return self.batch_size or (DEMO_BATCH if self.demo else BATCHES[self.net])
+
+    @property
+    def strong_batch(self) -> int:
+        return self.global_batch or self.batch
+
+    @property
+    def seconds_a_window(self) -> float:
+        return self.window_s or (0.5 if self.demo else 2.0)
+
+
+def parse_options(argv: Sequence[str]) -> ScalingOptions:
+    """argv -> ScalingOptions; UsageError for what no machine can run."""
+    options = parse(ScalingOptions, argv, prog=PROG, renamed=RENAMED)
+    try:
+        nn_config.preset(options.net)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    if options.interconnect:
+        from ddpm_fast.scaling.interconnects import interconnect
+
+        if options.backend == "gloo":
+            raise UsageError(
+                "--interconnect is for GPUs: allowed without --backend gloo, whose rows are of CPU "
+                "processes"
+            )
+        interconnect(options.interconnect)
+    if options.gpus:
+        check_divides(options, options.gpus)
+    return options
+
+
+def check_divides(options: ScalingOptions, worlds: Sequence[int]) -> None:
+    """UsageError for a strong batch that a world size does not divide."""
+    total = options.strong_batch
+    for n in worlds:
+        if total % n:
+            near = [size for size in (total - total % n, total + n - total % n) if size]
+            raise UsageError(
+                f"--{'global-batch' if options.global_batch else 'batch-size'} {total} is the "
+                f"strong rows' whole batch and must be divisible by each of --gpus: by {n} it is "
+                f"not; {' and '.join(map(str, near))} are"
+            )
+
+
+def paths_of(verb: str, argv: Sequence[str], count: int, flags: Sequence[str] = ()) -> list[str]:
+    """The files that `show` or `compare` is given; UsageError for another number or flag."""
+    allowed = " ".join(f"[{flag}]" for flag in flags)
+    usage = f"{verb} {'RESULT.json' if count == 1 else 'A.json B.json'} {allowed}".strip()
+    for word in argv:
+        if word.startswith("-") and word not in flags:
+            raise UsageError(f"unknown flag {word}; allowed: {usage}")
+    paths = [word for word in argv if not word.startswith("-")]
+    if len(paths) != count:
+        raise UsageError(f"{verb} was given {len(paths)} files; allowed: {usage}")
+    return paths

@@ -1,0 +1,166 @@
+"""The command: bad input, show, compare, and the whole of it on two CPU processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from ddpm_fast.scaling import result as results
+from ddpm_fast.scaling.__main__ import main
+from ddpm_fast.scaling.measure import choose_worlds, powers_of_two
+from ddpm_fast.scaling.options import parse_options
+
+ROOT = Path(__file__).resolve().parents[2]
+GLOO = ("--backend", "gloo", "--demo")
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--gpu", "1"], "unknown flag --gpu (did you mean '--gpus'?)"),
+        (["--gpus", "0"], "gpus holds 0, must hold numbers of at least 1"),
+        (["--backend", "mpi"], "('nccl', 'gloo')"),
+        ([*GLOO, "--gpus", "1,3"], "--batch-size 16 is the strong rows' whole batch and must be "
+         "divisible by each of --gpus: by 3 it is not; 15 and 18 are"),
+        ([*GLOO, "--gpus", "2", "--global-batch", "1"], "--global-batch 1 is"),
+        (["--windows", "4"], "windows=4 must be at least 5"),
+        (["--preset", "cifar"], "unknown preset 'cifar' (did you mean 'cifar10'?)"),
+        (["--interconnect", "h200"], "must be one of h200-nvlink"),
+        ([*GLOO, "--interconnect", "h200-nvlink"], "--interconnect is for GPUs"),
+        (["show"], "show was given 0 files; allowed: show RESULT.json [--legacy-json]"),
+        (["show", "a", "--legacy"], "unknown flag --legacy"),
+        (["compare", "a"], "compare was given 1 files"),
+    ],
+)  # fmt: skip
+def test_a_bad_argument_is_one_line_that_says_what_is_allowed(refused, argv, said):
+    assert said in refused(main, argv, 2)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_more_gpus_than_there_are_is_refused_and_predict_offered(refused, monkeypatch, count):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    said = refused(main, ["--gpus", "1,8", "--batch-size", "64"], 2)
+    assert (f"has {count} CUDA GPU" if count else "has no CUDA GPU") in said
+    assert "--predict" in said and "8" in said.partition("--predict")[2]
+
+
+def test_without_gpus_the_default_does_not_fall_back_to_cpu_processes(refused, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no CUDA GPU" in refused(main, [], 2)
+
+
+def test_world_sizes_are_powers_of_two_and_all():
+    assert powers_of_two(6) == [1, 2, 4, 6]
+    assert powers_of_two(8) == [1, 2, 4, 8]
+    assert choose_worlds(parse_options([*GLOO, "--gpus", "2,1"])) == [1, 2]
+
+
+def test_show_prints_the_report_again(tmp_path, predicted, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    results.write(tmp_path / "result.json", predicted)
+    assert main(["show", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "efficiency" in shown and "PREDICTED" in shown
+
+
+def test_show_gives_the_originals_json(tmp_path, result, capsys):
+    results.write(tmp_path / "result.json", result)
+    assert main(["show", str(tmp_path / "result.json"), "--legacy-json"]) == 0
+    assert json.loads(capsys.readouterr().out)["multi_gpu"]["gpu_count"] == 2
+
+
+def test_show_refuses_a_broken_result_by_its_field(tmp_path, result, refused):
+    result["rows"][0]["step_ms"] = None
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    said = refused(main, ["show", tmp_path / "result.json"], 2)
+    assert said.endswith("result.json: rows[0].step_ms: is None, must be of type number")
+
+
+def test_compare_exits_1_when_a_row_got_slower(tmp_path, result, capsys):
+    paths = [str(tmp_path / f"{name}.json") for name in "ab"]
+    results.write(Path(paths[0]), result)
+    for name in ("images_per_s", "images_per_s_low", "images_per_s_high"):
+        result["rows"][1][name] /= 2
+    results.write(Path(paths[1]), result)
+    assert main(["compare", *paths]) == 1
+    assert "0.50x slower" in capsys.readouterr().out
+    assert main(["compare", paths[1], paths[0]]) == 0
+    assert main(["compare", paths[0], paths[0]]) == 0
+
+
+def test_the_claim_is_a_verb(capsys):
+    assert main(["claim"]) == 0
+    assert "6-7x on 8 RTX 3090" in capsys.readouterr().out
+
+
+NO_TORCH = """
+import sys, time
+start = time.perf_counter()
+from ddpm_fast.scaling.__main__ import main
+try:
+    main(["--help"])
+except SystemExit:
+    pass
+main(["--gpus", "0"])
+sys.exit("torch" in sys.modules or "numpy" in sys.modules or time.perf_counter() - start > 1)
+"""
+
+
+def test_help_and_mistakes_answer_within_a_second_without_torch():
+    codes = []
+    for _ in range(3):  # the best of them: other work may disturb one
+        done = subprocess.run([sys.executable, "-c", NO_TORCH], cwd=ROOT, capture_output=True)
+        codes.append(done.returncode)
+        if codes[-1] == 0:
+            break
+    assert 0 in codes
+
+
+def run(*flags, **options):
+    command = [sys.executable, "-m", "ddpm_fast.scaling", *map(str, flags)]
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "COLUMNS": "80"}, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_demo_measures_predicts_and_exports(tmp_path):
+    process = run(*GLOO, "--gpus", "1,2", "--predict", "8,64", "--out", tmp_path)
+    out, err = process.communicate(timeout=180)
+    assert (process.returncode, err) == (0, "")
+    assert "efficiency" in out and "PREDICTED" in out and "\x1b" not in out
+    assert {p.suffix for p in tmp_path.iterdir()} == {".json", ".csv", ".png", ".html"}
+    result = results.read(tmp_path)
+    assert [(row["mode"], row["world_size"]) for row in result["rows"]] == [
+        ("weak", 1), ("weak", 2), ("strong", 2)]  # fmt: skip
+    assert all(len(row["window_images_per_s"]) == 5 for row in result["rows"])
+    assert result["kind"] == "cpu-processes" and result["seconds"] < 180
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="kills by signal")
+def test_a_rank_that_dies_leaves_what_was_measured_and_exits_1(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    process = run(*GLOO, "--gpus", "1,2", "--window-s", "0.05", "--out", tmp_path / "out")
+    victim = None
+    deadline = time.monotonic() + 120
+    while victim is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+        for path in tmp_path.glob("ddpm-fast-scaling-*/world-2/rank-1.pid"):
+            victim = int(path.read_text() or 0) or None
+    os.kill(victim, signal.SIGKILL)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "rank 1: was killed by SIGKILL" in err and len(err.splitlines()) == 1
+    assert "FAILED" in out and "efficiency" in out
+    result = results.read(tmp_path / "out")
+    assert result["rows"][0]["world_size"] == 1
+    assert result["failures"][0]["rank"] == 1

@@ -1,0 +1,72 @@
+"""What is read of ranks that died, and that a time limit ends what it started."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from ddpm_fast.scaling import launch
+
+KILLED = """
+Root Cause (first observed failure):
+[0]:
+  time      : 2026-11-23_20:00:00
+  host      : here
+  rank      : 1 (local_rank: 1)
+  exitcode  : -9 (pid: 77)
+  error_file: <N/A>
+  traceback : Signal 9 (SIGKILL) received by PID 77
+"""
+
+
+def test_a_killed_rank_is_named_with_its_signal(tmp_path):
+    (tmp_path / "torchrun.log").write_text(KILLED)
+    (tmp_path / "rank-0.error").write_text("RuntimeError: connection closed by peer")
+    assert launch.failures(tmp_path, 2) == [
+        {"world_size": 2, "rank": 1, "message": "was killed by SIGKILL"}
+    ]
+
+
+def test_the_first_rank_that_raised_comes_first(tmp_path):
+    (tmp_path / "torchrun.log").write_text("exitcode  : 1")
+    for rank, message, at in ((0, "RuntimeError: the other left", 20), (1, "ValueError: x", 10)):
+        path = tmp_path / f"rank-{rank}.error"
+        path.write_text(message)
+        os.utime(path, (at, at))
+    assert [failure["rank"] for failure in launch.failures(tmp_path, 2)] == [1, 0]
+
+
+def test_a_torchrun_that_fails_by_itself_shows_its_last_line(tmp_path):
+    (tmp_path / "torchrun.log").write_text("...\nValueError: no port\n")
+    (failure,) = launch.failures(tmp_path, 2)
+    assert failure["rank"] is None and failure["message"].endswith("ValueError: no port")
+
+
+def test_ranks_that_wrote_nothing_are_left_out(tmp_path):
+    (tmp_path / "rank-1.json").write_text(json.dumps({"rank": 1}))
+    assert launch.read_ranks(tmp_path, 4) == [{"rank": 1}]
+
+
+def test_the_time_limit_ends_all_that_was_started(tmp_path, monkeypatch):
+    popen = subprocess.Popen
+
+    def start(command, **options):
+        return popen([sys.executable, "-c", "import time; time.sleep(60)"], **options)
+
+    monkeypatch.setattr(launch.subprocess, "Popen", start)
+    begun = time.monotonic()
+    spec = {"backend": "gloo"}
+    (failure,) = launch.run_world(tmp_path / "world", spec, 2, time_limit=1.0)
+    assert "longer than --time-limit 1 s" in failure["message"]
+    assert time.monotonic() - begun < 20
+
+
+@pytest.mark.parametrize("tail", ["", '{"what": "hal'])
+def test_progress_is_read_by_whole_lines(tmp_path, tail):
+    path = tmp_path / "progress.jsonl"
+    path.write_text('{"what": "a"}\n{"what": "b"}\n' + tail)
+    events, seen = launch._new_events(tmp_path, 1)
+    assert [event["what"] for event in events] == ["b"] and seen == 2

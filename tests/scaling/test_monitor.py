@@ -1,0 +1,188 @@
+"""The monitor against a pretended NVML, and without one."""
+
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from ddpm_fast.scaling import host
+from ddpm_fast.scaling.machine import topology
+from ddpm_fast.scaling.monitor import BUDGET, EnergyMeter, Monitor
+
+
+class NotSupported(Exception):
+    pass
+
+
+class FakeNvml(SimpleNamespace):
+    """Two GPUs at 300 W; the second does not tell its temperature or energy."""
+
+    NVML_TEMPERATURE_GPU, NVML_CLOCK_SM, NVML_CLOCK_MEM = 0, 1, 2
+
+    def __init__(self, count=2, seconds=0.0):
+        super().__init__(count=count, seconds=seconds, open=0, reads=0, start=time.perf_counter())
+
+    def nvmlInit(self):
+        self.open += 1
+
+    def nvmlShutdown(self):
+        self.open -= 1
+
+    def nvmlDeviceGetCount(self):
+        return self.count
+
+    def nvmlDeviceGetHandleByIndex(self, index):
+        return index
+
+    def nvmlDeviceGetHandleByUUID(self, uuid):
+        return int(uuid.removeprefix("GPU-"))
+
+    def nvmlDeviceGetMemoryInfo(self, gpu):
+        time.sleep(self.seconds)
+        self.reads += 1
+        return SimpleNamespace(used=(gpu + 1) * 2**30)
+
+    def nvmlDeviceGetUtilizationRates(self, gpu):
+        return SimpleNamespace(gpu=97)
+
+    def nvmlDeviceGetPowerUsage(self, gpu):
+        return 300_000
+
+    def nvmlDeviceGetTemperature(self, gpu, sensor):
+        if gpu == 1:
+            raise NotSupported
+        return 60
+
+    def nvmlDeviceGetClockInfo(self, gpu, clock):
+        return {1: 1980, 2: 3201}[clock]
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, gpu):
+        if gpu == 1:
+            raise NotSupported
+        return 1_000_000 + 300_000 * (time.perf_counter() - self.start)  # mJ
+
+    def nvmlSystemGetDriverVersion(self):
+        return "580.1"
+
+    def nvmlDeviceGetPciInfo(self, gpu):
+        return SimpleNamespace(busId=f"0000:0{gpu}")
+
+    def nvmlDeviceGetTopologyCommonAncestor(self, gpu, other):
+        return 50
+
+
+def test_samples_hold_what_each_gpu_tells():
+    nvml = FakeNvml()
+    with Monitor(interval_s=0.01, nvml=nvml) as monitor:
+        time.sleep(0.1)
+    first, second = monitor.latest()
+    assert (first.device, first.utilisation, first.memory_gib, first.watts) == ("GPU 0", 97, 1, 300)
+    assert (first.celsius, first.sm_mhz, first.memory_mhz) == (60, 1980, 3201)
+    assert (second.memory_gib, second.celsius) == (2, None)
+    assert monitor.why_not is None and nvml.open == 0
+
+
+def test_energy_is_the_counters_difference():
+    with Monitor(interval_s=0.05, nvml=FakeNvml()) as monitor:
+        time.sleep(0.2)
+    assert list(monitor.joules()) == ["GPU 0"]
+    assert 300 * 0.15 < monitor.joules()["GPU 0"] < 300 * 1.0  # 0.2 s, more on a busy machine
+
+
+def test_slow_sampling_is_done_seldom():
+    nvml = FakeNvml(count=1, seconds=0.002)
+    with Monitor(interval_s=0.001, nvml=nvml):
+        time.sleep(0.3)
+    assert nvml.reads == 1  # the next would have come after 2 ms / BUDGET = 4 s
+    assert 0.002 / BUDGET > 0.3
+
+
+def test_sampling_this_machine_costs_less_than_a_thousandth():
+    with Monitor(interval_s=0.5, nvml=None) as monitor:
+        time.sleep(1.2)
+    busy = monitor.overhead
+    assert busy < 1e-3 or busy * 1.2 < 3e-3  # a busy machine may hold up a single read
+
+
+def test_some_gpus_can_be_chosen():
+    with Monitor(["GPU-1"], interval_s=0.05, nvml=FakeNvml()) as monitor:
+        time.sleep(0.02)
+    assert [sample.memory_gib for sample in monitor.latest()] == [2]
+
+
+def no_driver():
+    class NVMLError_LibraryNotFound(Exception):
+        pass
+
+    raise NVMLError_LibraryNotFound("NVML Shared Library Not Found")
+
+
+@pytest.mark.parametrize(
+    ("nvml", "said"),
+    [(SimpleNamespace(nvmlInit=no_driver), "no NVIDIA driver"),
+     (FakeNvml(count=0), "LookupError: NVML knows no GPU")],
+)  # fmt: skip
+def test_without_nvml_the_machine_is_sampled_and_one_line_says_why(nvml, said):
+    with Monitor(interval_s=0.01, nvml=nvml) as monitor:
+        time.sleep(0.05)
+    assert monitor.why_not == f"GPUs are not monitored: {said}"
+    assert {sample.device for sample in monitor.samples} == {host.DEVICE}
+    assert monitor.joules() == {}
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    with Monitor(interval_s=0.05) as monitor:
+        pass
+    assert "pip install nvidia-ml-py" in monitor.why_not
+
+
+def test_a_gpu_that_is_lost_does_not_end_the_run():
+    nvml = FakeNvml(count=1)
+    with Monitor(interval_s=0.01, nvml=nvml) as monitor:
+        nvml.handles = None
+        nvml.nvmlDeviceGetClockInfo = None
+        time.sleep(0.05)
+    assert monitor.samples
+
+
+def test_a_meter_counts_only_what_is_measured():
+    nvml = FakeNvml()
+    meter = EnergyMeter("GPU-0", nvml)
+    for _ in range(2):
+        with meter.measuring():
+            time.sleep(0.05)
+        time.sleep(0.2)
+    assert 300 * 0.09 < meter.joules < 300 * 0.35
+
+
+def test_a_gpu_without_a_counter_has_no_energy():
+    meter = EnergyMeter(1, FakeNvml())
+    with meter.measuring():
+        pass
+    assert meter.joules is None
+
+
+def test_an_interval_must_be_positive():
+    with pytest.raises(ValueError, match="interval_s=0 must be positive"):
+        Monitor(interval_s=0)
+
+
+@pytest.mark.parametrize(
+    ("ends", "expected"),
+    [({0: ["0000:01"] * 4, 1: ["0000:00"] * 4}, "NV4"),  # joined directly
+     ({0: ["switch"] * 18, 1: ["switch"] * 18}, "NV18"),
+     ({0: [], 1: []}, "SYS")],
+)  # fmt: skip
+def test_pairs_of_gpus_are_named_as_nvidia_smi_does(ends, expected):
+    nvml = FakeNvml()
+    nvml.nvmlDeviceGetNvLinkState = lambda gpu, link: ends[gpu][link] and 1
+    nvml.nvmlDeviceGetNvLinkRemotePciInfo = lambda gpu, link: SimpleNamespace(busId=ends[gpu][link])
+    assert topology(nvml, ["GPU-0", "GPU-1"]) == ("580.1", [["X", expected], [expected, "X"]])
+
+
+def test_this_machine_has_a_processor_cores_and_memory():
+    total, used = host.memory_gib()
+    assert host.cpu_name() and host.cores() >= 1
+    assert 0 <= used <= total

@@ -1,0 +1,127 @@
+"""The report, its verdict, plots, picture and page."""
+
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from ddpm_fast.scaling import report
+from ddpm_fast.scaling.export import export
+from ddpm_fast.scaling.verdict import losses, verdict
+
+
+def text_of(result, width=80, encoding="utf-8"):
+    file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    report.show(result, Console(file=file, width=width, highlight=False))
+    file.seek(0)
+    return file.read()
+
+
+def test_the_report_fits_80_columns_without_colour(predicted):
+    text = text_of(predicted)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "\x1b" not in text
+    for word in ("efficiency", "PREDICTED", "speedup", "exposed", "Verdict"):
+        assert word in text
+
+
+@pytest.mark.parametrize("width", [79, 50, 30])
+def test_a_narrow_terminal_gets_every_word_and_figure_in_lines(predicted, width):
+    text = text_of(predicted, width)
+    assert max(map(len, text.splitlines())) <= width
+    words = " ".join(text.split())
+    assert "efficiency 90 %" in words and "PREDICTED" in words and "│" not in text
+
+
+def test_a_terminal_without_unicode_gets_ascii_bars(predicted):
+    text = text_of(predicted, encoding="ascii")
+    assert "########" in text and "=" in text
+
+
+def test_measured_and_predicted_rows_never_look_the_same(predicted):
+    lines = text_of(predicted).splitlines()
+    eight = [line for line in lines if re.match(r"\s*8 ", line)]
+    two = [line for line in lines if re.match(r"\s*2 .*x ", line)]
+    assert eight and all("PREDICTED" in line and "█" not in line for line in eight)
+    assert two and all("PREDICTED" not in line for line in two)
+
+
+def test_cpu_processes_are_never_called_gpus(predicted):
+    text = text_of(predicted)
+    assert "CPU processes (gloo), NOT GPUs" in text
+    assert "each process" in text and "each GPU" not in text
+
+
+def as_gpus(result):
+    result |= {"kind": "gpu", "backend": "nccl"}
+    result["machine"] |= {
+        "devices": ["NVIDIA H200, 139 GiB"] * 2, "links": [["X", "NV18"], ["NV18", "X"]],
+        "p2p": [[True, True], [True, True]], "driver": "580.1",
+    }  # fmt: skip
+    for row in result["rows"]:
+        row["joules_per_image"] = 0.25
+        for rank in row["peak_memory"]:
+            rank |= {"allocated_gib": 10.0 + rank["rank"], "reserved_gib": 12.0}
+    return result
+
+
+def test_gpus_have_topology_memory_of_every_rank_and_energy(result):
+    text = text_of(as_gpus(result))
+    assert "2 x NVIDIA H200" in text and "NV18*" in text
+    assert "10.00 11.00" in text and "0.25" in text and "each GPU" in text
+
+
+def test_the_verdict_names_the_largest_loss_and_what_to_try(result):
+    base, row = result["rows"][:2]
+    assert max(losses(base, row).values()) == pytest.approx(5.0)
+    text = " ".join(verdict(result))
+    assert "slower compute beside other ranks: 5.0 ms" in text and "To try: fewer processes" in text
+    row["split_ms"]["exposed_communication"] = 30.0
+    assert "does not hide" in verdict(result)[0] and "--batch-size" in verdict(result)[1]
+
+
+def test_the_verdict_tells_a_slow_rank_and_noise(result):
+    result["rows"][1] |= {"skew": 1.3, "images_per_s_low": 100.0}
+    text = " ".join(verdict(result))
+    assert "1.30 times" in text and "--window-s" in text
+
+
+def test_the_verdict_of_an_ideal_run_finds_nothing_to_mend(result):
+    result["rows"][1]["efficiency"] = 0.99
+    assert "nothing limits them much" in verdict(result)[0]
+
+
+def test_a_result_without_rows_says_so(result):
+    failure = {"world_size": 2, "rank": 1, "message": "was killed by SIGKILL"}
+    result |= {"rows": [], "failures": [failure]}
+    text = text_of(result)
+    assert "Nothing was measured" in text
+    assert "FAILED: with 2 processes rank 1: was killed by SIGKILL" in text
+
+
+def test_all_files_are_written_and_the_page_needs_no_other(tmp_path, predicted):
+    paths, why = export(predicted, tmp_path, legacy=True)
+    assert why == ""
+    assert {p.name for p in paths} == {p.name for p in tmp_path.iterdir()} == {
+        "result.json", "result.csv", "legacy.json", "throughput.png", "efficiency.png",
+        "step_split.png", "memory.png", "report.png", "report.html",
+    }  # fmt: skip
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 4
+    assert "PREDICTED" in page and "CPU processes, not GPUs" in page
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    for path in tmp_path.glob("*.png"):
+        assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
+
+
+def test_a_result_without_rows_or_samples_exports_too(tmp_path, result):
+    paths, _ = export(result | {"rows": [], "samples": [], "compute_alone": []}, tmp_path)
+    assert {"result.json", "report.html"} <= {p.name for p in paths}
+
+
+def test_without_matplotlib_the_pictures_are_missed_in_one_line(tmp_path, predicted, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    paths, why = export(predicted, tmp_path)
+    assert "pip install matplotlib" in why
+    assert [p.name for p in paths] == ["result.json", "result.csv", "report.html"]
