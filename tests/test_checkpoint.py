@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 import ddpm_fast
 from ddpm_fast import checkpoint
@@ -82,6 +84,26 @@ def test_only_the_newest_are_kept(tmp_path):
         save(tmp_path, step, parts(step), {}, keep=2)
     assert steps_in(tmp_path) == [5, 6]
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["step_00000005", "step_00000006"]
+
+
+def test_every_step_that_keep_every_divides_stays_beside_the_newest(tmp_path):
+    for step in range(1, 12):
+        save(tmp_path, step, parts(step), {}, keep=2, keep_every=4)
+    assert steps_in(tmp_path) == [4, 8, 10, 11]
+    save(tmp_path, 12, parts(12), {}, keep=1, keep_every=5)  # told otherwise: 10 is one now
+    assert steps_in(tmp_path) == [10, 12]
+
+
+def test_the_clock_decides_nothing(tmp_path, warnings):
+    """Times that fall as the steps rise, as after a clock was set back, and some of the future."""
+    for step in range(1, 6):
+        path = save(tmp_path, step, parts(step), {}, keep=3)
+        for entry in (path, *path.iterdir()):
+            os.utime(entry, (4e9 - 1e8 * step,) * 2)
+    assert steps_in(tmp_path) == [3, 4, 5]
+    flip_a_byte(tmp_path / "step_00000005" / "model.safetensors")
+    os.utime(tmp_path / "step_00000005" / "model.safetensors", (5e9, 5e9))
+    assert value_of(load_newest(tmp_path, warnings.append)) == 4 and len(warnings) == 1
 
 
 def test_pruning_spares_the_checkpoint_just_written_below_a_damaged_later_one(folder, warnings):
@@ -218,22 +240,50 @@ def test_a_full_disk_is_told_before_anything_is_written(folder, tree, monkeypatc
     assert tree(folder) == before
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG])
-def test_a_disk_that_fills_up_while_writing_leaves_no_trace(folder, tree, monkeypatch, number):
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "no room"),
+        OSError(errno.EFBIG, "no room"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+    ],
+    ids=repr,
+)
+def test_a_disk_that_fills_up_while_writing_leaves_no_trace(folder, tree, monkeypatch, error):
     """Also not of a step that is written again."""
     before = tree(folder)
-    write = checkpoint._write
 
-    def write_some(path, data):
-        write(path, data[:10])
+    def save_some(tensors, path):
+        save_file(tensors, path)
         if path.name == "ema.safetensors":
-            raise OSError(number, "no room")
+            raise error
 
-    monkeypatch.setattr(checkpoint, "_write", write_some)
+    monkeypatch.setattr(checkpoint, "save_file", save_some)
     for step in (4, 3):
-        with pytest.raises(CheckpointError, match="not written: disk full"):
+        with pytest.raises(CheckpointError, match="not written: disk full; earlier"):
             save(folder, step, parts(9), {}, keep=3)
         assert tree(folder) == before
+
+
+def test_a_file_cut_before_it_stands_is_told_and_prunes_nothing(folder, tree, monkeypatch):
+    """The sizes are read back before the rename: what pruning counts on was whole on disk."""
+    before = tree(folder)
+    flush = checkpoint._flush_folder
+
+    def flush_and_cut(path):
+        os.truncate(path / "model.safetensors", 100)
+        flush(path)
+
+    monkeypatch.setattr(checkpoint, "_flush_folder", flush_and_cut)
+    with pytest.raises(CheckpointError, match="not written: model.safetensors has 100 of its"):
+        save(folder, 4, parts(4), {}, keep=1)
+    assert tree(folder) == before
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are POSIX's")
+def test_who_may_read_the_manifest_may_read_the_tensors(folder):
+    modes = {path.stat().st_mode for path in (folder / "step_00000003").iterdir()}
+    assert len(modes) == 1
 
 
 def test_a_place_that_is_no_folder_is_one_error(tmp_path):

@@ -129,6 +129,8 @@ class TrainConfig:
     """steps between checkpoints; 0: only the last"""
     keep_checkpoints: int = 3
     """newest checkpoints kept"""
+    keep_every: int = 0
+    """also keep the checkpoints of every so many steps; 0: none"""
     tensorboard: bool = False
     """also log to TensorBoard (pip install tensorboard)"""
     wandb: bool = False
@@ -142,7 +144,7 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         for name in ("sample_every", "checkpoint_every", "warmup_steps", "grad_clip",
-                     "weight_decay"):  # fmt: skip
+                     "weight_decay", "keep_every"):  # fmt: skip
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if self.batch_size_per_gpu is not None and self.batch_size_per_gpu < 1:
@@ -205,7 +207,7 @@ RENAMED = {
 RESUMABLE = frozenset({
     "iterations", "data_root", "device", "compile", "force_compile", "cuda_graph", "recompute",
     "grad_compression", "timeout", "on_nan", "log_every", "sample_every", "sample_images",
-    "sample_steps", "checkpoint_every", "keep_checkpoints", "tensorboard", "wandb",
+    "sample_steps", "checkpoint_every", "keep_checkpoints", "keep_every", "tensorboard", "wandb",
 })  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import torch
 
 from ddpm_fast import checkpoint
 from ddpm_fast.checkpoint import CheckpointError
+from ddpm_fast.checkpoint_writer import CheckpointWriter
 from ddpm_fast.diffusion.sampler import sample_images
 from ddpm_fast.distributed import is_lost_rank, join, rank_device
 from ddpm_fast.errors import Failure, UsageError
@@ -50,8 +51,12 @@ def train(invocation: Invocation) -> None:
     try:
         trackers = open_trackers(config, path) if world.is_chief else []
         display = Display(folder, config.iterations, quiet=not world.is_chief)
-        with display, _stop_requests() as stop:
-            run = Run(train_step, folder, display, trackers)
+        writer = CheckpointWriter(
+            folder.checkpoints, keep=config.keep_checkpoints, keep_every=config.keep_every,
+            warn=display.say,
+        )  # fmt: skip
+        with display, _stop_requests() as stop, writer:
+            run = Run(train_step, folder, display, trackers, writer)
             if invocation.resume:
                 run.resume()
             if world.is_chief:
@@ -80,10 +85,16 @@ class Run:
     """A training run at `step` finished steps."""
 
     def __init__(
-        self, train_step: TrainStep, folder: RunFolder, display: Display, trackers: list[Track]
+        self,
+        train_step: TrainStep,
+        folder: RunFolder,
+        display: Display,
+        trackers: list[Track],
+        writer: CheckpointWriter,
     ) -> None:
         self.train_step, self.config = train_step, train_step.config
         self.folder, self.display, self.trackers = folder, display, trackers
+        self.writer = writer
         self.world = train_step.world
         self.device = train_step.batches.device
         self.step = 0
@@ -159,6 +170,7 @@ class Run:
                 if _due(self.step, config.checkpoint_every):
                     self.save_checkpoint()
         self.save_checkpoint()
+        self.writer.wait()
 
     def _is_told_to_stop(self, stop: list[str]) -> bool:
         """Whether any rank is; where a rank was lost, this is the first to notice."""
@@ -168,7 +180,7 @@ class Run:
         return told
 
     def save_checkpoint(self) -> None:
-        """Write this step's checkpoint, unless it stands already or the weights are not finite."""
+        """Begin to write this step's checkpoint; not twice, nor weights that are not finite."""
         if self._saved_step == self.step:
             return
         self._check_finite()
@@ -176,8 +188,7 @@ class Run:
         if not self.world.is_chief:
             return
         parts = self.train_step
-        checkpoint.save(
-            self.folder.checkpoints,
+        self.writer.save(
             self.step,
             {
                 "model": parts.net.state_dict(),
@@ -190,7 +201,6 @@ class Run:
                 "net": parts.net.config.to_json(),
                 "diffusion": parts.proc.to_json(),
             },
-            keep=self.config.keep_checkpoints,
         )
 
     def resume(self) -> None:
