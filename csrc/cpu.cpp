@@ -1,7 +1,6 @@
 // The CPU part: picks the instruction set once, cuts the work into units and gives each thread a
 // run of them.
 #include <algorithm>
-#include <cmath>
 #include <stdexcept>
 #include <system_error>
 #include <thread>
@@ -101,15 +100,16 @@ ReversePiece reverse_piece(const ReversePlan& plan, const Piece& piece, bool noi
           1.0f};
 }
 
-// x_0 of a whole sample holds the unclipped estimate -> the dynamic threshold's limit.
-float limit_of(const float* x_0, int64_t elements, double q, std::vector<float>& scratch) {
+// x_0 of a whole sample holds the unclipped estimate -> the dynamic threshold's limit. Sorted as
+// bits, in the order of the magnitudes; NaN, which has none, comes last, as on the device.
+float limit_of(const float* x_0, int64_t elements, double q, std::vector<uint32_t>& scratch) {
   scratch.resize(size_t(elements));
-  for (int64_t i = 0; i < elements; ++i) scratch[size_t(i)] = std::fabs(x_0[i]);
+  for (int64_t i = 0; i < elements; ++i) scratch[size_t(i)] = bits_from_float(x_0[i]) & 0x7FFFFFFFu;
   const Quantile quantile = quantile_of(q, elements);
   const auto low = scratch.begin() + quantile.low;
   std::nth_element(scratch.begin(), low, scratch.end());
-  const float high = quantile.high == quantile.low ? *low : *std::min_element(low + 1, scratch.end());
-  return dynamic_limit(*low, high, quantile.weight);
+  const auto high = quantile.high == quantile.low ? low : std::min_element(low + 1, scratch.end());
+  return dynamic_limit(float_from_bits(*low), float_from_bits(*high), quantile.weight);
 }
 
 // A sample is one piece: its threshold depends on all of it.
@@ -117,7 +117,7 @@ void posterior_step_dynamic(const ReversePlan& plan, int threads) {
   const CpuLoops& loops = *active_loops();
   const int64_t elements = plan.channels * plan.positions;
   const auto run = [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch;
+    std::vector<uint32_t> scratch;
     for (int64_t n = begin; n < end; ++n) {
       const ReverseSample sample = reverse_sample(plan, n);
       ReversePiece piece = reverse_piece(plan, {n, 0, elements}, sample.noisy);

@@ -15,12 +15,13 @@
 namespace ddpm_fast {
 namespace {
 
-constexpr int BLOCK = 256;  // threads; not yet measured
-// q_sample, posterior_step: 128 threads of 8 elements, so that 3x32x32 is three full blocks; not yet
-// measured
+constexpr int BLOCK = 256;                 // threads; not yet measured
+constexpr int64_t MAX_BLOCKS = INT32_MAX;  // of a grid
+// q_sample, posterior_step: 128 threads of 8 elements, so that 3x32x32 is three full blocks; not
+// yet measured
 constexpr int TILE_BLOCK = 128;
 constexpr int TILE_BLOCKS_PER_SM = 6;  // at least: up to 80 registers a thread
-constexpr int DYNAMIC_BLOCK = 512;  // a block sees its sample six times; not yet measured
+constexpr int DYNAMIC_BLOCK = 512;     // a block sees its sample seven times; not yet measured
 
 __device__ __forceinline__ int64_t global_thread() {
   return int64_t(blockIdx.x) * BLOCK + threadIdx.x;
@@ -33,6 +34,19 @@ template <typename T, int N>
 struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Pack {
   T values[N];
 };
+
+// As whole 16-byte words: of members that are used apart nvcc 13.0 makes loads of 2 to 8 bytes.
+template <typename T, int N>
+__device__ __forceinline__ Pack<T, N> load_words(const T* from) {
+  static_assert(sizeof(Pack<T, N>) % sizeof(uint4) == 0, "a pack of whole words");
+  constexpr int COUNT = int(sizeof(Pack<T, N>) / sizeof(uint4));
+  uint4 words[COUNT];
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) words[i] = reinterpret_cast<const uint4*>(from)[i];
+  Pack<T, N> pack;
+  memcpy(&pack, words, sizeof pack);
+  return pack;
+}
 
 __device__ __forceinline__ float to_math(float x) { return x; }
 __device__ __forceinline__ float to_math(uint8_t x) { return float(x); }
@@ -117,7 +131,7 @@ __global__ void dropout_kernel(const T* x, T* out, DropoutPlan plan, DeviceRng r
     const Words<uint32_t> words = philox_words(uint32_t(counter), rng.draw(plan.stream, sample));
     const int64_t at = sample * elements + 8 * counter;
     if (ALIGNED) {
-      Pack<T, 8> pack = *reinterpret_cast<const Pack<T, 8>*>(x + at);
+      Pack<T, 8> pack = load_words<T, 8>(x + at);
 #pragma unroll
       for (int lane = 0; lane < 8; ++lane) {
         const bool keep = lane_of(words, lane) >= plan.threshold;
@@ -139,8 +153,9 @@ __global__ void dropout_kernel(const T* x, T* out, DropoutPlan plan, DeviceRng r
 template <typename T, int N>
 struct Access {
   static constexpr int BYTES = N * int(sizeof(T));
-  static constexpr int WIDTH = BYTES % 16 == 0 ? 16 : BYTES % 8 == 0 ? 8 : BYTES % 4 == 0 ? 4 : 2;
+  static constexpr int WIDTH = BYTES % 16 ? BYTES & -BYTES : 16;  // or its largest power of two
   static constexpr int COUNT = WIDTH / int(sizeof(T));
+  static_assert(COUNT > 0 && N % COUNT == 0, "whole accesses");
   using Piece = Pack<T, COUNT>;
 };
 
@@ -395,7 +410,8 @@ __device__ __forceinline__ void forward_tile(const ForwardPlan& plan, const Forw
 
 // A block takes TILE_BLOCK tiles of one sample, whose coefficients its first thread finds.
 template <typename Tile>
-__global__ void __launch_bounds__(TILE_BLOCK, TILE_BLOCKS_PER_SM) q_sample_kernel(ForwardPlan plan) {
+__global__ void __launch_bounds__(TILE_BLOCK, TILE_BLOCKS_PER_SM)
+    q_sample_kernel(ForwardPlan plan) {
   __shared__ Piece piece;
   __shared__ ForwardSample sample;
   __shared__ Draw draw;
@@ -473,7 +489,8 @@ __device__ __forceinline__ void reverse_tile(const ReversePlan& plan, const Reve
 }
 
 template <typename Tile>
-__global__ void __launch_bounds__(TILE_BLOCK, TILE_BLOCKS_PER_SM) posterior_step_kernel(ReversePlan plan) {
+__global__ void __launch_bounds__(TILE_BLOCK, TILE_BLOCKS_PER_SM)
+    posterior_step_kernel(ReversePlan plan) {
   __shared__ Piece piece;
   __shared__ ReverseSample sample;
   __shared__ Draw draw;
@@ -493,21 +510,33 @@ __global__ void __launch_bounds__(TILE_BLOCK, TILE_BLOCKS_PER_SM) posterior_step
   }
 }
 
-// Calls use(bits of |x_0|) for the thread's share of a sample's unclipped estimates; the order of
-// these bits is that of the values.
-template <typename Tile, typename Use>
-__device__ void for_each_magnitude(const ReversePlan& plan, const ReverseStep& step, int64_t n,
-                                   const Use& use) {
+// The unclipped estimates of a sample to x_0, where each thread reads its own share back.
+template <typename Tile>
+__device__ __forceinline__ void store_raw_x_0(const ReversePlan& plan, const ReverseStep& step,
+                                              int64_t n) {
   const int64_t tiles = Tile::count(plan.channels, plan.positions);
   for (int64_t index = threadIdx.x; index < tiles; index += DYNAMIC_BLOCK) {
     const Tile tile(index, plan.channels, plan.positions);
     float x_t[4 * Tile::QUADS], out[4 * Tile::QUADS];
     load_reverse(tile, plan, n, x_t, out);
 #pragma unroll
+    for (int i = 0; i < 4 * Tile::QUADS; ++i) x_t[i] = raw_x_0(x_t[i], out[i], step);
+    tile.store(state_view(plan, plan.x_0), n, x_t);
+  }
+}
+
+// Calls use(bits of |x_0|) for the thread's share of them; their order is that of the values.
+template <typename Tile, typename Use>
+__device__ __forceinline__ void for_each_magnitude(const ReversePlan& plan, int64_t n,
+                                                   const Use& use) {
+  const int64_t tiles = Tile::count(plan.channels, plan.positions);
+  for (int64_t index = threadIdx.x; index < tiles; index += DYNAMIC_BLOCK) {
+    const Tile tile(index, plan.channels, plan.positions);
+    float x_0[4 * Tile::QUADS];
+    tile.load(state_view(plan, plan.x_0), n, 0, x_0);
+#pragma unroll
     for (int i = 0; i < 4 * Tile::QUADS; ++i) {
-      if (tile.inside(i / 4, i % 4)) {
-        use(bits_from_float(raw_x_0(x_t[i], out[i], step)) & 0x7FFFFFFFu);
-      }
+      if (tile.inside(i / 4, i % 4)) use(bits_from_float(x_0[i]) & 0x7FFFFFFFu);
     }
   }
 }
@@ -515,7 +544,7 @@ __device__ void for_each_magnitude(const ReversePlan& plan, const ReverseStep& s
 // The dynamic threshold's limit, by a radix select over the magnitudes' bits: four passes find the
 // lower order statistic exactly, a fifth the next one.
 template <typename Tile>
-__device__ float limit_of(const ReversePlan& plan, const ReverseStep& step, int64_t n) {
+__device__ __forceinline__ float limit_of(const ReversePlan& plan, int64_t n) {
   __shared__ unsigned int counts[256];
   __shared__ uint32_t prefix, next;
   __shared__ int64_t rank, not_above;
@@ -530,7 +559,7 @@ __device__ float limit_of(const ReversePlan& plan, const ReverseStep& step, int6
     for (int i = threadIdx.x; i < 256; i += DYNAMIC_BLOCK) counts[i] = 0;
     __syncthreads();
     const uint32_t found = prefix;
-    for_each_magnitude<Tile>(plan, step, n, [&](uint32_t bits) {
+    for_each_magnitude<Tile>(plan, n, [&](uint32_t bits) {
       if (shift == 24 || bits >> (shift + 8) == found) atomicAdd(&counts[bits >> shift & 255u], 1u);
     });
     __syncthreads();
@@ -547,7 +576,7 @@ __device__ float limit_of(const ReversePlan& plan, const ReverseStep& step, int6
   }
   if (quantile.high >= not_above) {
     const uint32_t low = prefix;
-    for_each_magnitude<Tile>(plan, step, n, [&](uint32_t bits) {
+    for_each_magnitude<Tile>(plan, n, [&](uint32_t bits) {
       if (bits > low) atomicMin(&next, bits);
     });
   } else if (threadIdx.x == 0) {
@@ -557,22 +586,24 @@ __device__ float limit_of(const ReversePlan& plan, const ReverseStep& step, int6
   return dynamic_limit(float_from_bits(prefix), float_from_bits(next), quantile.weight);
 }
 
+// A block takes sample first + blockIdx.x. No loop over samples: nvcc would keep addresses across it
+// and spill them.
 template <typename Tile>
-__global__ void __launch_bounds__(DYNAMIC_BLOCK, 1) posterior_step_dynamic_kernel(ReversePlan plan) {
+__global__ void __launch_bounds__(DYNAMIC_BLOCK, 1)
+    posterior_step_dynamic_kernel(ReversePlan plan, int64_t first) {
   __shared__ ReverseSample sample;
   __shared__ Draw draw;
+  const int64_t n = first + blockIdx.x;
   const int64_t tiles = Tile::count(plan.channels, plan.positions);
-  for (int64_t n = blockIdx.x; n < plan.samples; n += gridDim.x) {
-    if (threadIdx.x == 0) {
-      sample = reverse_sample(plan, n);
-      draw = plan.counters.draw(STREAM_SAMPLER_NOISE, n);
-    }
-    __syncthreads();
-    const float limit = limit_of<Tile>(plan, sample.step, n);
-    for (int64_t index = threadIdx.x; index < tiles; index += DYNAMIC_BLOCK) {
-      reverse_tile<Tile>(plan, sample, draw, n, index, limit);
-    }
-    __syncthreads();
+  if (threadIdx.x == 0) {
+    sample = reverse_sample(plan, n);
+    draw = plan.counters.draw(STREAM_SAMPLER_NOISE, n);
+  }
+  __syncthreads();
+  store_raw_x_0<Tile>(plan, sample.step, n);
+  const float limit = limit_of<Tile>(plan, n);
+  for (int64_t index = threadIdx.x; index < tiles; index += DYNAMIC_BLOCK) {
+    reverse_tile<Tile>(plan, sample, draw, n, index, limit);
   }
 }
 
@@ -588,7 +619,7 @@ void launch_blocks(const char* name, int64_t blocks, int threads, int device, vo
                    void (*kernel)(Arguments...), Arguments... arguments) {
   check(cudaSetDevice(device), "cudaSetDevice");
   if (blocks == 0) return;
-  const unsigned grid = unsigned(std::min<int64_t>(blocks, INT32_MAX));
+  const unsigned grid = unsigned(std::min<int64_t>(blocks, MAX_BLOCKS));
   kernel<<<grid, threads, 0, static_cast<cudaStream_t>(stream)>>>(arguments...);
   check(cudaGetLastError(), name);
 }
@@ -609,22 +640,6 @@ void launch_dropout(const void* x_ptr, void* out_ptr, const DropoutPlan& plan, D
   const bool aligned = plan.elements % 8 == 0 && aligned16(x) && aligned16(out);
   launch("dropout_kernel", plan.samples * ((plan.elements + 7) / 8), device, stream,
          aligned ? dropout_kernel<T, true> : dropout_kernel<T, false>, x, out, plan, rng);
-}
-
-// How a thread's tile lies in memory: with full vectors, or element by element.
-enum class Tiling { flat, interleaved3, interleaved4, scattered };
-
-// For tensors of (channels, positions), all of them at 16-byte boundaries or not.
-Tiling tiling_of(int64_t channels, int64_t positions, bool channels_last, bool aligned) {
-  const bool small = channels * positions < INT32_MAX;
-  if (!aligned || !small) return Tiling::scattered;
-  if (!channels_last || channels == 1) {
-    return channels * positions % 8 == 0 ? Tiling::flat : Tiling::scattered;
-  }
-  if (positions % 4 != 0) return Tiling::scattered;
-  return channels == 3   ? Tiling::interleaved3
-         : channels == 4 ? Tiling::interleaved4
-                         : Tiling::scattered;
 }
 
 // Calls use(null pointer of the tile's type, tiles of a sample).
@@ -688,14 +703,16 @@ void posterior_step(const ReversePlan& plan, int device, void* stream) {
                        aligned16(plan.x_prev) && aligned16(plan.x_0) && aligned16(plan.copy);
   // The variance's values are interleaved with the output's: no vectors of either alone.
   const bool interleaved_pair = plan.channels_last && plan.output_channels != plan.channels;
-  const Tiling tiling = tiling_of(plan.channels, plan.positions, plan.channels_last,
-                                  aligned && !interleaved_pair);
+  const Tiling tiling =
+      tiling_of(plan.channels, plan.positions, plan.channels_last, aligned && !interleaved_pair);
   const bool dynamic = plan.rule.clip == Clip::dynamic;
   with_tiles(tiling, plan.channels, plan.positions, [&](auto* tile, int64_t tiles) {
     using Tile = std::remove_pointer_t<decltype(tile)>;
     if (dynamic) {
-      launch_blocks("posterior_step_dynamic_kernel", plan.samples, DYNAMIC_BLOCK, device, stream,
-                    posterior_step_dynamic_kernel<Tile>, plan);
+      for (int64_t first = 0; first < plan.samples; first += MAX_BLOCKS) {
+        launch_blocks("posterior_step_dynamic_kernel", plan.samples - first, DYNAMIC_BLOCK, device,
+                      stream, posterior_step_dynamic_kernel<Tile>, plan, first);
+      }
     } else {
       launch_blocks("posterior_step_kernel", plan.samples * ceil_div(tiles, TILE_BLOCK), TILE_BLOCK,
                     device, stream, posterior_step_kernel<Tile>, plan);

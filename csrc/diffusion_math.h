@@ -2,9 +2,9 @@
 // and device. Coefficients are found once a sample in fp64 and rounded once; what is done to each
 // element is fp32.
 //
-//   forward  x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps                          Ho et al. 2020, eq. 4
-//   reverse  x_0    = clip(a x_t + b out)                  out: the net's eps, x_0 or v
-//            x_prev = c x_0 + d x_t + e out + std z        z: standard normal
+//   forward  x_t    = sqrt(abar) x_0 + sqrt(1 - abar) eps       Ho et al. 2020, eq. 4
+//   reverse  x_0    = clip(a x_t + b out)                       out: the net's eps, x_0 or v
+//            x_prev = c x_0 + d x_t + e out + std z             z: standard normal
 //            DDPM: Ho et al. 2020, eq. 7 and 15; DDIM: Song et al. 2020, eq. 12 and 16
 #pragma once
 
@@ -82,8 +82,7 @@ DDPM_FAST_INLINE ReverseStep reverse_ddpm(double abar, double abar_prev, const R
 DDPM_FAST_INLINE ReverseStep reverse_ddim(double abar, double abar_prev, const ReverseRule& rule) {
   ReverseStep step{};
   const double root = sqrt(abar), rest = sqrt(1.0 - abar);
-  const double std =
-      rule.eta * sqrt((1.0 - abar_prev) / (1.0 - abar) * (1.0 - abar / abar_prev));
+  const double std = rule.eta * sqrt((1.0 - abar_prev) / (1.0 - abar) * (1.0 - abar / abar_prev));
   const double left = 1.0 - abar_prev - std * std;
   const double direction = left > 0.0 ? sqrt(left) : 0.0;
   double of_x_0 = sqrt(abar_prev), of_x_t = 0.0, of_out = 0.0;
@@ -108,8 +107,8 @@ DDPM_FAST_INLINE ReverseStep reverse_ddim(double abar, double abar_prev, const R
 
 // From abar to abar_prev; 1: to the image itself, which gets no noise.
 DDPM_FAST_INLINE ReverseStep reverse_step(double abar, double abar_prev, const ReverseRule& rule) {
-  ReverseStep step = rule.eta < 0.0 ? reverse_ddpm(abar, abar_prev, rule)
-                                    : reverse_ddim(abar, abar_prev, rule);
+  ReverseStep step =
+      rule.eta < 0.0 ? reverse_ddpm(abar, abar_prev, rule) : reverse_ddim(abar, abar_prev, rule);
   if (rule.prediction == Prediction::eps) {
     step.x_0_of_x_t = float(1.0 / sqrt(abar));
     step.x_0_of_out = float(-sqrt(1.0 / abar - 1.0));
@@ -153,11 +152,12 @@ DDPM_FAST_INLINE float previous(float x_0, float x_t, float out, const ReverseSt
 }
 
 // e^x for |x| <= 87: x = n ln 2 + f, then the polynomial in f of Cephes' expf; clamped beyond.
+// Adding 1.5 * 2^23 rounds to an integer, whose low bits are those of n; defined for a NaN too.
 DDPM_FAST_INLINE float exp_poly(float x) {
   x = clamped(x, 87.0f);
-  const float scaled = x * 1.44269504088896341f;
-  const int32_t n = int32_t(scaled + (scaled < 0.0f ? -0.5f : 0.5f));
-  const float e = float(n);
+  const float rounded = x * 1.44269504088896341f + 12582912.0f;
+  const uint32_t n = bits_from_float(rounded);
+  const float e = rounded - 12582912.0f;
   float f = x - e * 0.693359375f;
   f = f - e * -2.12194440e-4f;
   float p = 1.9875691500e-4f;
@@ -167,7 +167,7 @@ DDPM_FAST_INLINE float exp_poly(float x) {
   p = p * f + 1.6666665459e-1f;
   p = p * f + 5.0000001201e-1f;
   p = p * f * f + f + 1.0f;
-  return p * float_from_bits(uint32_t(n + 127) << 23);
+  return p * float_from_bits((n + 127u) << 23);
 }
 
 DDPM_FAST_INLINE float learned_std(float value, const ReverseStep& step) {

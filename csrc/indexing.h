@@ -37,4 +37,21 @@ DDPM_FAST_INLINE Int mirrored_element(Int e, Int width) {
   return e - w + (width - 1 - w);
 }
 
+// How a GPU thread's tile lies in memory: with full vectors, or element by element.
+enum class Tiling { flat, interleaved3, interleaved4, scattered };
+
+// For tensors of (channels, positions), all of them at 16-byte boundaries or not.
+DDPM_FAST_INLINE Tiling tiling_of(int64_t channels, int64_t positions, bool channels_last,
+                                  bool aligned) {
+  const bool small = channels * positions < INT32_MAX;
+  if (!aligned || !small) return Tiling::scattered;
+  if (!channels_last || channels == 1) {
+    return channels * positions % 8 == 0 ? Tiling::flat : Tiling::scattered;
+  }
+  if (positions % 4 != 0) return Tiling::scattered;
+  return channels == 3   ? Tiling::interleaved3
+         : channels == 4 ? Tiling::interleaved4
+                         : Tiling::scattered;
+}
+
 }  // namespace ddpm_fast

@@ -62,20 +62,20 @@ struct ForwardPlan {
   int64_t samples, channels, height, width;
   const void* x_0;
   Dtype x_0_dtype;
-  const int64_t* rows;            // null: sample n is row n
-  const double* alphas_cumprod;   // (num_timesteps,)
+  const int64_t* rows;           // null: sample n is row n
+  const double* alphas_cumprod;  // (num_timesteps,)
   int64_t num_timesteps;
-  const int64_t* t;               // (samples,); null: drawn, and written to t_out
+  const int64_t* t;  // (samples,); null: drawn, and written to t_out
   int64_t* t_out;
-  const float* noise;             // as x_t in NCHW; null: drawn
+  const float* noise;  // as x_t in NCHW; null: drawn
   Counters counters;
-  bool flip;                      // mirror about half of the samples
-  Prediction prediction;          // what the target is
+  bool flip;              // mirror about half of the samples
+  Prediction prediction;  // what the target is
   void* x_t;
   Dtype x_t_dtype;
   void* target;
   Dtype target_dtype;
-  bool channels_last;             // both outputs
+  bool channels_last;  // both outputs
 };
 
 // One sample's part of it, the same for all its elements.
@@ -102,23 +102,23 @@ DDPM_FAST_INLINE ForwardSample forward_sample(const ForwardPlan& plan, int64_t n
 struct ReversePlan {
   int64_t samples, channels, positions;
   const float* x_t;
-  const void* output;             // (samples, output_channels, positions)
+  const void* output;  // (samples, output_channels, positions)
   Dtype output_dtype;
-  int64_t output_channels;        // 2 * channels if the second half is the variance's values
-  const void* unconditional;      // like output; null: no guidance
+  int64_t output_channels;    // 2 * channels if the second half is the variance's values
+  const void* unconditional;  // like output; null: no guidance
   float guidance;
   const double* alphas_cumprod;
   int64_t num_timesteps;
-  PerSample t, t_prev;            // t_prev < 0: to the image itself
+  PerSample t, t_prev;  // t_prev < 0: to the image itself
   ReverseRule rule;
-  double quantile;                // of |x_0|, for Clip::dynamic
-  const float* noise;             // null: drawn
+  double quantile;     // of |x_0|, for Clip::dynamic
+  const float* noise;  // null: drawn
   Counters counters;
-  float* x_prev;                  // may be x_t
-  float* x_0;
-  void* copy;                     // of x_prev; may be null
+  float* x_prev;  // may be x_t
+  float* x_0;     // no input's memory: the dynamic threshold keeps its estimates there
+  void* copy;     // of x_prev; may be null
   Dtype copy_dtype;
-  bool channels_last;             // all tensors
+  bool channels_last;  // all tensors
 };
 
 struct ReverseSample {

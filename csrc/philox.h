@@ -3,12 +3,15 @@
 // counters) and the device.
 //
 //   words    Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; Random123's test
-//   vectors hold key      (seed low 32, seed high 32) counter  (element / 4, stream, sample, step);
-//   dropout: (element / 8, stream, sample, step) uniform  word >> 8, times 2^-24: [0, 1), 24 bits
+//            vectors hold
+//            key      (seed low 32, seed high 32)
+//            counter  (element / 4, stream, sample, step); dropout: (element / 8, ...)
+//   uniform  word >> 8, times 2^-24: [0, 1), 24 bits
 //   normal   Box-Muller on the word pairs (w0, w1) -> (z0, z1) and (w2, w3) -> (z2, z3) of one
-//   counter:
-//              u  = fl32(a + 1) / 2^32      in [2^-32, 1]; fl32 rounds once, to nearest, ties to
-//              even z0 = sqrt(-2 ln u) cos(2 pi b / 2^32) z1 = sqrt(-2 ln u) sin(2 pi b / 2^32)
+//            counter:
+//              u  = fl32(a + 1) / 2^32    in [2^-32, 1]; fl32 rounds once, to nearest, ties to even
+//              z0 = sqrt(-2 ln u) cos(2 pi b / 2^32)
+//              z1 = sqrt(-2 ln u) sin(2 pi b / 2^32)
 //            Here in fp32 with polynomials: |z| <= 6.67, within 2e-6 of the fp64 value.
 //
 // Every fp32 operation below is an IEEE add, multiply or square root, so builds without contraction
