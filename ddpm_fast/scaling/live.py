@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ddpm_fast.scaling.monitor import Sample
+from ddpm_fast.monitoring.monitor import Sample
 
 
 class LiveView:

@@ -13,13 +13,13 @@ from typing import Any
 from rich.console import Console
 
 from ddpm_fast.errors import UsageError
-from ddpm_fast.scaling import host
+from ddpm_fast.monitoring import host
+from ddpm_fast.monitoring.monitor import Monitor
 from ddpm_fast.scaling.assemble import add_predictions, measured_parts
 from ddpm_fast.scaling.interconnects import interconnect_of
 from ddpm_fast.scaling.launch import read_ranks, run_world
 from ddpm_fast.scaling.live import LiveView
 from ddpm_fast.scaling.machine import describe, versions
-from ddpm_fast.scaling.monitor import Monitor
 from ddpm_fast.scaling.options import ScalingOptions, check_divides
 from ddpm_fast.scaling.result import SCHEMA, rank_word
 

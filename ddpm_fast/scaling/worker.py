@@ -21,11 +21,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ddpm_fast.scaling import host
+from ddpm_fast.monitoring import host
+from ddpm_fast.monitoring.monitor import EnergyMeter
 from ddpm_fast.scaling.alpha_beta import bucket_sizes
 from ddpm_fast.scaling.ddp_step import DdpStep
 from ddpm_fast.scaling.machine import nvml_uuid
-from ddpm_fast.scaling.monitor import EnergyMeter
 
 WARM_UP_STEPS = 3  # at least; DDP rebuilds its buckets after the first
 REPEATS = 5  # of each all-reduce and of each part; the median counts

@@ -131,6 +131,8 @@ class TrainConfig:
     """newest checkpoints kept"""
     keep_every: int = 0
     """also keep the checkpoints of every so many steps; 0: none"""
+    monitor: bool = False
+    """also log the GPUs' utilisation, memory, power and temperature (NVML; else the host's)"""
     tensorboard: bool = False
     """also log to TensorBoard (pip install tensorboard)"""
     wandb: bool = False
@@ -207,7 +209,8 @@ RENAMED = {
 RESUMABLE = frozenset({
     "iterations", "data_root", "device", "compile", "force_compile", "cuda_graph", "recompute",
     "grad_compression", "timeout", "on_nan", "log_every", "sample_every", "sample_images",
-    "sample_steps", "checkpoint_every", "keep_checkpoints", "keep_every", "tensorboard", "wandb",
+    "sample_steps", "checkpoint_every", "keep_checkpoints", "keep_every", "monitor", "tensorboard",
+    "wandb",
 })  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import signal
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from ddpm_fast.distributed import is_lost_rank, join, rank_device
 from ddpm_fast.errors import Failure, UsageError
 from ddpm_fast.images import grid, grid_scale, save_png, to_uint8
 from ddpm_fast.kernels.impl import runs_interpreted
+from ddpm_fast.monitoring.monitor import Monitor
 from ddpm_fast.optimizer import load_state_tensors, state_tensors
 from ddpm_fast.train.config import PROG, Invocation
 from ddpm_fast.train.memory import advice, is_out_of_memory
@@ -55,8 +56,9 @@ def train(invocation: Invocation) -> None:
             folder.checkpoints, keep=config.keep_checkpoints, keep_every=config.keep_every,
             warn=display.say,
         )  # fmt: skip
-        with display, _stop_requests() as stop, writer:
-            run = Run(train_step, folder, display, trackers, writer)
+        monitor = Monitor() if config.monitor and world.is_chief else None
+        with display, _stop_requests() as stop, writer, monitor or nullcontext():
+            run = Run(train_step, folder, display, trackers, writer, monitor)
             if invocation.resume:
                 run.resume()
             if world.is_chief:
@@ -91,10 +93,11 @@ class Run:
         display: Display,
         trackers: list[Track],
         writer: CheckpointWriter,
+        monitor: Monitor | None = None,
     ) -> None:
         self.train_step, self.config = train_step, train_step.config
         self.folder, self.display, self.trackers = folder, display, trackers
-        self.writer = writer
+        self.writer, self.monitor, self._monitored_s = writer, monitor, 0.0
         self.world = train_step.world
         self.device = train_step.batches.device
         self.step = 0
@@ -113,6 +116,8 @@ class Run:
             f"images of {images.name}, {net.image_size}x{net.image_size}, "
             f"batch {config.batch_size}, on {self._where()}; run folder {self.folder.path}"
         )
+        if self.monitor is not None and self.monitor.why_not:
+            self.display.say(f"{self.monitor.why_not}; this machine's processors are")
 
     def _where(self) -> str:
         size = self.world.size
@@ -281,12 +286,21 @@ class Run:
             self._start_interval()
             return
         self._tell_news()
-        self.folder.add_metrics(measured.row())
+        row = measured.row() | self._monitored()
+        self.folder.add_metrics(row)
         seconds_left = (self.config.iterations - self.step) * seconds / steps
         self.display.measured(measured, seconds_left)
         for track in self.trackers:
-            track(self.step, {k: v for k, v in measured.row().items() if k != "step"})
+            track(self.step, {name: value for name, value in row.items() if name != "step"})
         self._start_interval()
+
+    def _monitored(self) -> dict[str, float]:
+        """Means since the last logged step, as monitor_utilisation and so on."""
+        if self.monitor is None:
+            return {}
+        means = self.monitor.means_since(self._monitored_s)
+        self._monitored_s = self.monitor.seconds
+        return {f"monitor_{name}": round(value, 2) for name, value in means.items()}
 
     def _tell_news(self) -> None:
         """Steps that were left out, how the step runs: once each."""

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from ddpm_fast.monitoring.monitor import Sample
 from ddpm_fast.scaling.live import LiveView
-from ddpm_fast.scaling.monitor import Sample
 
 
 def show(*, terminal):

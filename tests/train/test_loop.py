@@ -102,3 +102,12 @@ def test_images_that_are_not_the_digits_are_not_judged_as_digits(
     monkeypatch.setattr(summary, "digits_distance", None)
     assert train(tmp_path / "run", *FEW, "--data", tmp_path / "a.npy") == 0
     assert "Frechet" not in capsys.readouterr().out
+
+
+def test_a_monitored_run_logs_what_the_machine_did(tmp_path, train, capsys):
+    run = tmp_path / "run"
+    assert train(run, *FEW, "--monitor", "--log-every", 1) == 0
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+    assert any(row.get("monitor_memory_gib", 0) > 0 for row in rows)
+    if not torch.cuda.is_available():
+        assert "GPUs are not monitored: " in capsys.readouterr().out

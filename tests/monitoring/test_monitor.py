@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from ddpm_fast.scaling import host
+from ddpm_fast.monitoring import host
+from ddpm_fast.monitoring.monitor import BUDGET, EnergyMeter, Monitor
 from ddpm_fast.scaling.machine import topology
-from ddpm_fast.scaling.monitor import BUDGET, EnergyMeter, Monitor
 
 
 class NotSupported(Exception):

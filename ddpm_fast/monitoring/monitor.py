@@ -11,15 +11,16 @@ this machine's processors and memory, and `why_not` says in one line why.
 from __future__ import annotations
 
 import contextlib
+import statistics
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import ModuleType
 from typing import Any
 
-from ddpm_fast.scaling.host import HostReader
+from ddpm_fast.monitoring.host import HostReader
 
 BUDGET = 5e-4  # share of the time spent sampling; half of what is promised
 KEPT = 20_000  # samples; the oldest are thinned beyond
@@ -37,6 +38,9 @@ class Sample:
     celsius: float | None = None
     sm_mhz: float | None = None
     memory_mhz: float | None = None
+
+
+MEASURES = ("utilisation", "memory_gib", "watts", "celsius", "sm_mhz", "memory_mhz")
 
 
 class Monitor:
@@ -87,6 +91,24 @@ class Monitor:
     def latest(self) -> list[Sample]:
         """The last sample of each device."""
         return list({sample.device: sample for sample in list(self.samples)}.values())
+
+    def means_since(self, seconds: float) -> dict[str, float]:
+        """Means over all devices of what was told since then; {} without a sample.
+
+        seconds  since the start, as Sample.seconds
+        returns  "utilisation", "memory_gib", "watts", ... as far as they were told
+        """
+        recent = [asdict(sample) for sample in list(self.samples) if sample.seconds >= seconds]
+        told = {
+            name: [sample[name] for sample in recent if sample[name] is not None]
+            for name in MEASURES
+        }
+        return {name: statistics.fmean(values) for name, values in told.items() if values}
+
+    @property
+    def seconds(self) -> float:
+        """Since the start."""
+        return time.perf_counter() - self._started
 
     def joules(self) -> dict[str, float]:
         """Energy of each GPU while the context was open, from its counter; empty if untold."""
