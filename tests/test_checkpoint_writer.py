@@ -216,6 +216,22 @@ def test_blocks_waste_little_and_hold_tensors_apart():
     assert taken < 1.1 * sum(convolutions)
 
 
+def test_what_was_reserved_is_what_the_first_save_copies_to(tmp_path, monkeypatch):
+    taken, save_file = set(), checkpoint.save_file
+
+    def note(tensors, path):
+        taken.update(t.data_ptr() for t in tensors.values())
+        save_file(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", note)
+    with CheckpointWriter(tmp_path, keep=1) as writer:
+        writer.reserve(parts(0))
+        assert steps_in(tmp_path) == []
+        reserved = {t.data_ptr() for p in writer._host.take(parts(0)).values() for t in p.values()}
+        writer.save(1, parts(1), {})
+    assert taken == reserved and value_of(load_newest(tmp_path, print)) == 1
+
+
 def test_the_host_memory_serves_again():
     host, state = HostCopy(), parts(1)
     first = [t.data_ptr() for part in host.take(state).values() for t in part.values()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import time
 import traceback
 from collections.abc import Iterator
@@ -26,8 +25,16 @@ from ddpm_fast.train.config import PROG, Invocation
 from ddpm_fast.train.memory import advice, is_out_of_memory
 from ddpm_fast.train.progress import Display, Measured, peak_gib
 from ddpm_fast.train.run_folder import RunFolder, default_run_dir
-from ddpm_fast.train.setup import compile_errors, for_ranks, make_step, open_data, wrap_net
+from ddpm_fast.train.setup import (
+    compile_errors,
+    compiled_graphs,
+    for_ranks,
+    make_step,
+    open_data,
+    wrap_net,
+)
 from ddpm_fast.train.step import TrainStep
+from ddpm_fast.train.stopping import stop_requests
 from ddpm_fast.train.summary import summarise
 from ddpm_fast.train.trackers import Track, open_trackers
 
@@ -54,10 +61,10 @@ def train(invocation: Invocation) -> None:
         display = Display(folder, config.iterations, quiet=not world.is_chief)
         writer = CheckpointWriter(
             folder.checkpoints, keep=config.keep_checkpoints, keep_every=config.keep_every,
-            warn=display.say,
+            warn=lambda text: display.say(f"warning: {text}"),
         )  # fmt: skip
         monitor = Monitor() if config.monitor and world.is_chief else None
-        with display, _stop_requests() as stop, writer, monitor or nullcontext():
+        with display, stop_requests() as stop, writer, monitor or nullcontext():
             run = Run(train_step, folder, display, trackers, writer, monitor)
             if invocation.resume:
                 run.resume()
@@ -105,6 +112,7 @@ class Run:
         self._trained_steps, self._trained_s = 0, 0.0  # by this process, maintenance left out
         self._saved_step: int | None = None
         self._trained_any, self._told_skipped, self._told_graph = False, 0, False
+        self._compiled_graphs = 0
         self._start_interval()
 
     def announce(self) -> None:
@@ -134,6 +142,9 @@ class Run:
             train_step(self.step)
         else:
             self._compile_and_train()
+        if not self._trained_any and self.world.is_chief:
+            with self._maintenance():  # the optimizer's state is there by now
+                self.writer.reserve(self._state_parts())
         self._trained_any = True
         self.step += 1
         self.display.stepped(self.step)
@@ -157,9 +168,9 @@ class Run:
                 torch.compiler.set_stance("force_eager")
             self.train_step(self.step)
         else:
-            self.display.say(
-                f"compiled, with the first step, in {time.perf_counter() - start:.0f} s"
-            )
+            seconds = time.perf_counter() - start
+            self.display.say(f"compiled, with the first step, in {seconds:.0f} s")
+            self._compiled_graphs = compiled_graphs()
 
     def steps(self, stop: list[str]) -> None:
         """Train until `stop` holds a reason or all steps are done, then save."""
@@ -195,11 +206,7 @@ class Run:
         parts = self.train_step
         self.writer.save(
             self.step,
-            {
-                "model": parts.net.state_dict(),
-                "ema": parts.ema.state_dict(),
-                "optimizer": state_tensors(parts.optimizer, parts.net),
-            },
+            self._state_parts(),
             {
                 "seed": self.config.seed,
                 "ema_updates": parts.ema.updates,
@@ -207,6 +214,14 @@ class Run:
                 "diffusion": parts.proc.to_json(),
             },
         )
+
+    def _state_parts(self) -> dict[str, checkpoint.Tensors]:
+        parts = self.train_step
+        return {
+            "model": parts.net.state_dict(),
+            "ema": parts.ema.state_dict(),
+            "optimizer": state_tensors(parts.optimizer, parts.net),
+        }
 
     def resume(self) -> None:
         """Go back to the newest healthy checkpoint; a run killed before its first starts anew."""
@@ -311,6 +326,9 @@ class Run:
                 "and left out; no weight changed in them"
             )
             self._told_skipped = skipped
+        if self._compiled_graphs and compiled_graphs() > self._compiled_graphs:
+            self._compiled_graphs = compiled_graphs()
+            self.display.say(f"warning: compiled again, {self._compiled_graphs} graphs by now")
         call = self.train_step.call
         if self.device.type != "cuda" or self._told_graph or self.config.cuda_graph == "off":
             return
@@ -325,6 +343,7 @@ class Run:
     def _check_finite(self) -> None:
         if not self.train_step.healthy.item():
             loss, norm = self.train_step.loss.item(), self.train_step.grad_norm.item()
+            self.writer.wait()
             steps = checkpoint.steps_in(self.folder.checkpoints)
             kept = f"the checkpoint of step {steps[-1]} is untouched" if steps else "none was saved"
             raise TrainingError(
@@ -373,22 +392,3 @@ def _watched(run: Run, stop: list[str]) -> None:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-@contextmanager
-def _stop_requests() -> Iterator[list[str]]:
-    """A list that gets the name of a signal that asks to stop; a second one acts as usual."""
-    received: list[str] = []
-    previous = {}
-
-    def note(number: int, _frame) -> None:
-        received.append("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
-        signal.signal(number, previous[number])
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, note)
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

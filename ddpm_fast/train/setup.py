@@ -177,3 +177,8 @@ def compile_errors() -> tuple[type[Exception], ...]:
     from torch._inductor.exc import InductorError
 
     return TorchDynamoException, InductorError
+
+
+def compiled_graphs() -> int:
+    """How many graphs torch.compile has made in this process; more than before: recompiled."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]

@@ -158,6 +158,41 @@ def test_a_net_that_does_not_compile_is_trained_eager_or_refused(
     assert "no such instruction" in refused(main, flags, 1)
 
 
+def test_a_net_that_is_compiled_again_is_told(tmp_path, train, capsys, monkeypatch):
+    """For another shape: from the third step on the batch comes in halves."""
+    torch._dynamo.reset()
+
+    def fake(train_step, say):
+        compiled = torch.compile(train_step.net, backend="eager", dynamic=False)
+
+        def forward(x, t, y):
+            if int(train_step.rng[1]) < 2:
+                return compiled(x, t, y)
+            return torch.cat([compiled(x[half], t[half], y) for half in (slice(4), slice(4, 8))])
+
+        train_step.forward, train_step.compiled = forward, True
+
+    monkeypatch.setattr("ddpm_fast.train.loop.wrap_net", fake)
+    flags = ("--iterations", 4, "--log-every", 1, "--sample-every", 0)
+    assert train(tmp_path / "run", *flags) == 0
+    shown = capsys.readouterr().out
+    assert "compiled, with the first step, in " in shown
+    assert shown.count("warning: compiled again, ") == 1
+
+
+@pytest.mark.slow
+def test_inductor_trains_as_eager_does():
+    """The one small test of the real compiler; all others trace only."""
+    torch._dynamo.reset()
+    small = dict(channel_mults=(1,), attention_resolutions=(), batch_size=4)
+    eager, compiled = build(**small), build(**small)
+    compiled.forward = torch.compile(compiled.net, fullgraph=True)
+    for number in range(3):
+        eager(number), compiled(number)
+        assert compiled.loss.item() == pytest.approx(eager.loss.item(), rel=1e-4)
+    torch.testing.assert_close(compiled.grad_norm, eager.grad_norm, rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("name", ["digits", "seed-cifar10", "cifar10"])
 def test_the_whole_step_of_every_preset_traces_without_a_break(name):
     torch._dynamo.reset()
