@@ -84,7 +84,7 @@ def measure_long_run(results: Results, dry_run: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         lines = run_trainer(
             [*_flags(Path(folder), dry_run), *flags, "--log-every", every], Path(folder),
-            limit_s=results.left_s(), steady_s=seconds, lines=10 if dry_run else None,
+            limit_s=results.left_s(), steady_s=seconds, lines=4 if dry_run else None,
         )  # fmt: skip
     steady = [line["images_per_s"] for line in lines[len(lines) // 2 :]]
     peak = max(line.get("peak_gib", 0.0) for line in lines)
@@ -125,7 +125,8 @@ def run_trainer(
             first = now if first is None and found else first
             enough = lines is not None and len(found) >= lines
             late = now - start > max(limit_s - STOP_S, limit_s / 2)
-            if enough or late or (first is not None and now - first > steady_s):
+            steady = first is not None and now - first > steady_s and len(found) >= (lines or 2)
+            if enough or late or steady:
                 break
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)  # it saves a checkpoint and ends

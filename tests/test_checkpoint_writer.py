@@ -522,6 +522,7 @@ def test_killed_at_each_stage_of_its_write_the_newest_that_stood_loads(tmp_path)
 READ_ONLY = """
 import json, os, sys
 from pathlib import Path
+import numpy.ctypeslib  # while its files can be read: another user may not
 import torch
 from ddpm_fast.checkpoint import CheckpointError, load_newest, steps_in
 from ddpm_fast.checkpoint_writer import CheckpointWriter

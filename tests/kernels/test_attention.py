@@ -85,8 +85,8 @@ def test_large_scores_do_not_overflow(size, offset):
     qkv = make_qkv(1, 32, *size).detach() * 8
     qkv[:, 0] += offset
     qkv[:, 32] += abs(offset)
-    # fp32 scores of 400 are off by 2e-5, and P by as much
-    check(qkv, 1, tolerance=1e-4)
+    # fp32 scores of 400 are off by some roundings of 2e-5, and P by as much; BLAS differs by CPU
+    check(qkv, 1, tolerance=4e-4)
 
 
 def test_a_nan_stays_within_its_own_head_and_image():
