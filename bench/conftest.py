@@ -1,6 +1,17 @@
-"""Fixtures of pytest bench --benchmark-only: device, ceilings, figures into pytest-benchmark."""
+"""Fixtures of pytest bench --benchmark-only: device, ceilings, figures into pytest-benchmark.
+
+What a row's extra_info holds beside its own figures:
+    ms, ms_q20, ms_q80                 median and quantiles of the samples
+    copy_gb_s, matmul_tflop_s          the ceilings of this run that percent_of_floor refers to
+    device, threads, commit, versions  where; threads are the host's
+    sm_mhz, memory_mhz, celsius, watts, watts_limit
+                                       the GPU's just after the samples were taken; None on a CPU
+"""
 
 from __future__ import annotations
+
+import functools
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -13,6 +24,7 @@ from bench.replay import replay
 pytest.importorskip("pytest_benchmark", reason="pip install pytest-benchmark")
 
 
+GPU_STATE = ("sm_mhz", "memory_mhz", "celsius", "watts", "watts_limit")
 RATIOS = pytest.StashKey[list[Ratio]]()
 
 
@@ -27,8 +39,14 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ceilings(device):
+    """Once for each number of the host's threads, which a module may set."""
+    return _ceilings(device, torch.get_num_threads())
+
+
+@functools.cache
+def _ceilings(device, threads):
     return bench_ceilings.measure(device)[0]
 
 
@@ -40,12 +58,15 @@ def where():
 
 
 @pytest.fixture
-def record(benchmark, where):
+def record(benchmark, where, ceilings):
     """record(group, name, samples, figures): a row of pytest-benchmark's table."""
 
     def add(group, name, samples, figures):
         benchmark.group, benchmark.name = group, name
-        benchmark.extra_info.update({**figures, **where})
+        now = environment.clocks() or {}
+        benchmark.extra_info |= {**samples.row(), **figures, **asdict(ceilings), **where}
+        benchmark.extra_info |= {"threads": torch.get_num_threads()}
+        benchmark.extra_info |= {name: now.get(name) for name in GPU_STATE}
         replay.load(samples.ms)
         benchmark.pedantic(lambda: None, rounds=len(samples.ms))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def commit() -> str:
 
 
 def clocks() -> dict[str, Any] | None:
-    """The GPU's clocks, temperature and power now; None without nvidia-ml-py or a GPU."""
+    """The GPU's clocks, temperature, power and its limit; None without nvidia-ml-py or GPU."""
     try:
         import pynvml as nvml
 
@@ -74,11 +75,20 @@ def clocks() -> dict[str, Any] | None:
             "memory_mhz": nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_MEM),
             "celsius": nvml.nvmlDeviceGetTemperature(gpu, nvml.NVML_TEMPERATURE_GPU),
             "watts": round(nvml.nvmlDeviceGetPowerUsage(gpu) / 1000),
+            "watts_limit": _or_none(nvml, nvml.nvmlDeviceGetEnforcedPowerLimit, gpu),
         }
     except nvml.NVMLError:
         return None
     finally:
         nvml.nvmlShutdown()
+
+
+def _or_none(nvml: Any, query: Callable[[Any], int], gpu: Any) -> int | None:
+    """Watts of a query in milliwatts that some GPUs do not support."""
+    try:
+        return round(query(gpu) / 1000)
+    except nvml.NVMLError:
+        return None
 
 
 def _git(*arguments: str) -> str:

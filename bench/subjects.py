@@ -30,6 +30,7 @@ class Subject:
 
     run        takes what KernelSpec.make_inputs gives
     why_not    empty if it can
+    drawn      as Peer's
     tolerance  relative L2 distance to the fp64 reference that it may have
     """
 
@@ -37,6 +38,7 @@ class Subject:
     run: Callable[..., Any]
     tolerance: float
     why_not: str = ""
+    drawn: Callable[..., dict[str, Any]] | None = None
 
 
 def dtype_for(spec: KernelSpec, device: torch.device) -> torch.dtype:
@@ -61,7 +63,8 @@ def subjects_of(
         subjects.append(Subject("compiled", spec.reference, tolerance, why))
     for peer in peers_of(spec.name):
         why = peer.why_not(values, device)
-        subjects.append(Subject(peer.label, peer.run, PEER_TOLERANCE * tolerance, why))
+        most = PEER_TOLERANCE * tolerance
+        subjects.append(Subject(peer.label, peer.run, most, why, peer.drawn))
     return subjects
 
 

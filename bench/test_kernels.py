@@ -1,7 +1,8 @@
-"""Every kernel of SPECS beside its reference and its peers: pytest bench --benchmark-only.
+"""Every kernel of SPECS and a block beside reference and peers: pytest bench --benchmark-only.
 
-A row has a figure only if the parity check of the same run passed. extra_info holds GB/s, TFLOP/s,
-the percentage of the floor that the ceilings of the same run give, device, versions and commit.
+A row has a figure only if the parity check of the same run passed. extra_info holds GB/s, TFLOP/s
+where the kernel is one of products, the percentage of the floor that the ceilings of the same run
+give, and where it ran (conftest.py).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import functools
 import pytest
 import torch
 
-from bench import kernel_rows
+from bench import block_spec, kernel_rows
 from bench.parity import mismatch
 from bench.peers import peers_of
 from bench.replay import replay
@@ -23,16 +24,30 @@ ON_GPU = torch.cuda.is_available()
 CACHES = ("cold", "warm") if ON_GPU else ("warm",)
 SECONDS = 0.5 if ON_GPU else 0.1  # for a figure
 
-CASES = {(spec.name, case.name): (spec, case) for spec in SPECS for case in spec.cases}
+TIMED = (*SPECS, block_spec.SPEC)
+CASES = {(spec.name, case.name): (spec, case) for spec in TIMED for case in spec.cases}
 ROWS = [
-    pytest.param(spec, case, which, cache, label, id=f"{spec.name} {case.name} {which} {label}")
-    for spec in SPECS
+    pytest.param(
+        spec, case, which, cache, label, id=f"{spec.name} {case.name} {which} {cache} {label}"
+    )
+    for spec in TIMED
     for case in spec.cases
     if case.small != ON_GPU
     for which in ("forward", "forward+backward")
     for cache in CACHES
     for label in ("ours", "eager", "compiled", *(peer.label for peer in peers_of(spec.name)))
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Small cases on a CPU: a second thread wins nothing, and where another process holds its core
+    each operation waits for the scheduler: 8 ms instead of 13 us."""
+    before = torch.get_num_threads()
+    if not ON_GPU:
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @functools.cache

@@ -9,6 +9,7 @@ from bench import kernel_rows
 from bench.ceilings import Ceilings
 from bench.parity import mismatch
 from bench.subjects import Subject, subjects_of
+from ddpm_fast.kernels import SPECS
 from ddpm_fast.kernels.dropout import SPEC
 
 CPU, DTYPE = torch.device("cpu"), torch.float32
@@ -108,3 +109,29 @@ def test_on_cpu_a_kernel_that_needs_a_gpu_is_left_out_by_its_own_words():
 
     ours = subjects_of(replace(SPEC, fused=refuses), VALUES, DTYPE, CPU)[0]
     assert ours.why_not == "only on CUDA"
+
+
+@pytest.mark.parametrize("name", ["q_sample", "adamw_ema"])
+def test_torchs_own_sequence_computes_the_kernels_function(name):
+    spec = next(spec for spec in SPECS if spec.name == name)
+    for case in (case for case in spec.cases if case.small):
+        peers = [
+            each
+            for each in subjects_of(spec, case.values, DTYPE, CPU)
+            if each.label.startswith("torch")
+        ]
+        assert len(peers) == 1
+        assert mismatch(spec, peers[0], case.values, DTYPE, CPU, backward=False) == ""
+
+
+def test_a_peer_that_draws_its_own_noise_is_held_to_it():
+    spec = next(spec for spec in SPECS if spec.name == "q_sample")
+    values = next(case.values for case in spec.cases if case.small)
+    peer = subjects_of(spec, values, DTYPE, CPU)[-1]
+
+    def too_loud(**inputs):
+        x_t, *others = peer.run(**inputs)
+        return (1.01 * x_t, *others)
+
+    found = mismatch(spec, replace(peer, run=too_loud), values, DTYPE, CPU, backward=False)
+    assert found.startswith("output is 1.0e-02")
