@@ -8,6 +8,8 @@ noticed even where the gradients' collectives lie in a captured graph, which no 
 from __future__ import annotations
 
 import os
+import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -133,14 +135,38 @@ def join(device: torch.device, *, timeout_s: float) -> World:
     world = World(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
     timeout = timedelta(seconds=timeout_s)
     store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
-    # A restarted worker reuses the agent's store and could meet ports of the attempt before.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    name = _name_of_this_start(store, world, timeout_s)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        store=dist.PrefixStore(f"attempt_{attempt}", store),
+        store=dist.PrefixStore(name, store),
         rank=world.rank,
         world_size=world.size,
         timeout=timeout,
     )
     _host_group[:] = [dist.new_group(backend="gloo", timeout=timeout)]
     return world
+
+
+def _name_of_this_start(store: dist.Store, world: World, timeout_s: float) -> str:
+    """A name that these processes alone have, as the store is that of all starts before them.
+
+    In it lie the addresses of processes that were killed. torchrun's own count of restarts tells
+    starts apart on one node only: a node that comes later counts from 0. So rank 0 makes a name,
+    and takes the others' until each has found its own among them, which no dead rank 0 can know.
+    """
+    own, deadline = uuid.uuid4().hex, time.monotonic() + timeout_s
+    others = [f"rank_{rank}" for rank in range(1, world.size)]
+    if not world.is_chief:
+        store.set(f"rank_{world.rank}", own)
+    while time.monotonic() < deadline:
+        if world.is_chief and store.check(others):
+            store.set("start", " ".join([own, *(store.get(key).decode() for key in others)]))
+            if store.check([f"{own}_{key}" for key in others]):
+                return own
+        elif not world.is_chief and store.check(["start"]):
+            chief, *names = store.get("start").decode().split()
+            if len(names) == len(others) and names[world.rank - 1] == own:
+                store.set(f"{chief}_rank_{world.rank}", "")
+                return chief
+        time.sleep(0.01)
+    raise dist.DistStoreError(f"{world.size} processes did not meet within {timeout_s:g} s")

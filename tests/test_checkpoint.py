@@ -94,6 +94,7 @@ def test_every_step_that_keep_every_divides_stays_beside_the_newest(tmp_path):
     assert steps_in(tmp_path) == [10, 12]
 
 
+@pytest.mark.faults
 def test_the_clock_decides_nothing(tmp_path, warnings):
     """Times that fall as the steps rise, as after a clock was set back, and some of the future."""
     for step in range(1, 6):
@@ -180,6 +181,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
+@pytest.mark.faults
 def test_damage_is_noticed_named_and_the_one_before_it_loaded(folder, warnings, kind):
     name, damage = DAMAGE[kind]
     damaged = folder / "step_00000003" / name
@@ -231,6 +233,7 @@ def test_other_names_are_not_checkpoints(folder):
     assert steps_in(folder) == [1, 2, 3]
 
 
+@pytest.mark.faults
 def test_a_full_disk_is_told_before_anything_is_written(folder, tree, monkeypatch):
     before = tree(folder)
     usage = shutil.disk_usage(folder)._replace(free=1000)
@@ -249,6 +252,7 @@ def test_a_full_disk_is_told_before_anything_is_written(folder, tree, monkeypatc
     ],
     ids=repr,
 )
+@pytest.mark.faults
 def test_a_disk_that_fills_up_while_writing_leaves_no_trace(folder, tree, monkeypatch, error):
     """Also not of a step that is written again."""
     before = tree(folder)
@@ -350,6 +354,7 @@ print(json.dumps(results))
 
 @pytest.mark.skipif(os.name != "posix", reason="needs fork")
 @pytest.mark.parametrize("step", ["next", "again"])
+@pytest.mark.faults
 def test_killed_at_any_moment_of_a_save_a_whole_checkpoint_loads(tmp_path, step):
     done = subprocess.run(
         [sys.executable, "-c", KILLED_SAVES, str(tmp_path), step],

@@ -261,6 +261,7 @@ def test_a_rule_that_keeps_nothing_is_refused(tmp_path, rule):
 
 
 @posix
+@pytest.mark.faults
 def test_a_full_disk_is_raised_by_the_next_call_and_spares_the_earlier_one(tmp_path, tree):
     """A limit of 1 MiB a file stands for the disk: the kernel refuses the bytes past it."""
     import resource
@@ -350,6 +351,7 @@ def flip_a_byte(path):
         ("manifest.json", Path.unlink),
     ],
 )
+@pytest.mark.faults
 def test_damage_falls_back_to_the_one_before_and_the_next_save_stands(
     three_written, warnings, name, damage
 ):
@@ -372,6 +374,7 @@ class Bomb:
 
 
 @pytest.mark.parametrize("dump", [pickle.dump, torch.save], ids=["pickle", "torch.save"])
+@pytest.mark.faults
 def test_a_pickle_named_as_weights_is_refused_and_never_run(three_written, warnings, dump):
     """Its manifest vouches for it: whoever made it wrote that too."""
     newest = three_written / "step_00000003"
@@ -495,6 +498,7 @@ def run_script(script, *arguments):
 
 
 @posix
+@pytest.mark.faults
 def test_killed_at_each_stage_of_its_write_the_newest_that_stood_loads(tmp_path):
     results = run_script(KILLED_WRITERS, tmp_path)
     assert results.pop("never")[:3] == [0, 40.0, []]
@@ -555,6 +559,7 @@ print(json.dumps([told, kept, steps_in(folder), sorted(p.name for p in folder.it
 
 
 @posix
+@pytest.mark.faults
 def test_a_folder_that_becomes_read_only_is_told_and_writable_again_goes_on():
     with tempfile.TemporaryDirectory() as run:
         told, kept, steps, names = run_script(READ_ONLY, run)

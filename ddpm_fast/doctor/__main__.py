@@ -22,6 +22,16 @@ class DoctorOptions:
     """print the rows as JSON: name, found, status, mend"""
     compile: bool = False
     """compile every Triton kernel anew and print what each uses; takes minutes"""
+    chaos: bool = False
+    """instead: a small training under random kills must end as an undisturbed one"""
+    minutes: float = 2.0
+    """of --chaos: how long there are kills, about 10 a minute"""
+    seed: int = 0
+    """of --chaos: which kills, and when"""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.minutes < float("inf"):
+            raise ValueError(f"minutes={self.minutes} must be positive")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,6 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str]) -> int:
     options = _options(argv)  # before torch: --help and mistakes answer at once
+    if options.chaos:
+        from ddpm_fast.doctor.chaos import chaos
+
+        return chaos(options.minutes, options.seed)
     from ddpm_fast.doctor import checks, kernels, table
     from ddpm_fast.doctor.rows import run_check
 

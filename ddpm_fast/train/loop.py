@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 import time
 import traceback
 from collections.abc import Iterator
@@ -15,14 +17,18 @@ from ddpm_fast import checkpoint
 from ddpm_fast.checkpoint import CheckpointError
 from ddpm_fast.checkpoint_writer import CheckpointWriter
 from ddpm_fast.diffusion.sampler import sample_images
-from ddpm_fast.distributed import is_lost_rank, join, rank_device
-from ddpm_fast.errors import Failure, UsageError
+from ddpm_fast.distributed import World, join, rank_device
+from ddpm_fast.errors import UsageError
 from ddpm_fast.images import grid, grid_scale, save_png, to_uint8
 from ddpm_fast.kernels.impl import runs_interpreted
 from ddpm_fast.monitoring.monitor import Monitor
 from ddpm_fast.optimizer import load_state_tensors, state_tensors
 from ddpm_fast.train.config import PROG, Invocation
-from ddpm_fast.train.memory import advice, is_out_of_memory
+from ddpm_fast.train.failures import (
+    TrainingError,
+    told_if_it_cannot_go_on,
+    told_if_rank_lost,
+)
 from ddpm_fast.train.progress import Display, Measured, peak_gib
 from ddpm_fast.train.run_folder import RunFolder, default_run_dir
 from ddpm_fast.train.setup import (
@@ -38,9 +44,7 @@ from ddpm_fast.train.stopping import stop_requests
 from ddpm_fast.train.summary import summarise
 from ddpm_fast.train.trackers import Track, open_trackers
 
-
-class TrainingError(Failure):
-    """Training cannot go on: one line saying why and what is safe."""
+SLOW_RANK = 1.5  # a forward pass of so many medians is told; 2 ranks: one takes 3 times the other's
 
 
 def train(invocation: Invocation) -> None:
@@ -50,8 +54,13 @@ def train(invocation: Invocation) -> None:
     """
     config = invocation.config
     device = rank_device(config.device)
-    world = join(device, timeout_s=config.timeout)
-    config = for_ranks(config, device, world)
+    with told_if_rank_lost(lambda: "before its first step or at the end"):
+        world = join(device, timeout_s=config.timeout)
+        _train(invocation, device, world)
+
+
+def _train(invocation: Invocation, device: torch.device, world: World) -> None:
+    config = for_ranks(invocation.config, device, world)
     images = world.chief_first(lambda: open_data(config, print if world.is_chief else _quiet))
     train_step = make_step(config, images, device, world)
     path = Path(world.from_chief(lambda: str(config.run_dir or default_run_dir(config.preset))))
@@ -72,7 +81,8 @@ def train(invocation: Invocation) -> None:
                 folder.write_config(replace(config, run_dir=str(path)))
             run.announce()
             wrap_net(train_step, display.say)
-            _watched(run, stop)
+            with told_if_it_cannot_go_on(run.train_step, lambda: f"after step {run.step}"):
+                run.steps(stop)
             if run.step < config.iterations:
                 display.say(
                     f"stopped by {stop[0]} after step {run.step}; checkpoint saved; continue with: "
@@ -112,6 +122,8 @@ class Run:
         self._trained_steps, self._trained_s = 0, 0.0  # by this process, maintenance left out
         self._saved_step: int | None = None
         self._trained_any, self._told_skipped, self._told_graph = False, 0, False
+        self._slow_rank: int | None = None  # at the last logged step
+        self._told_slow: set[int] = set()
         self._compiled_graphs = 0
         self._start_interval()
 
@@ -294,6 +306,7 @@ class Run:
             grad_norm=norm,
             peak_gib=round(peak_gib(self.device), 3),
             data_wait=round((self.train_step.batches.wait_s - self._waited_s) / seconds, 4),
+            skew=self._skew(),
         )
         self._check_finite()
         self.last_measured = measured
@@ -316,6 +329,25 @@ class Run:
         means = self.monitor.means_since(self._monitored_s)
         self._monitored_s = self.monitor.seconds
         return {f"monitor_{name}": round(value, 2) for name, value in means.items()}
+
+    def _skew(self) -> float | None:
+        """The slowest rank's forward pass over the median; one slow twice in a row is named."""
+        if self.world.size == 1:
+            return None
+        own = self.train_step.forward_s
+        seconds = self.world.gather(math.nan if own is None else own)
+        if not all(s > 0 for s in seconds):
+            return None
+        skew = max(seconds) / statistics.median(seconds)
+        slow = seconds.index(max(seconds)) if skew > SLOW_RANK else None
+        if slow is not None and slow == self._slow_rank and slow not in self._told_slow:
+            self._told_slow.add(slow)
+            self.display.say(
+                f"warning: rank {slow} is slow: its forward pass at step {self.step} took "
+                f"{skew:.1f} times the median"
+            )
+        self._slow_rank = slow
+        return round(skew, 3)
 
     def _tell_news(self) -> None:
         """Steps that were left out, how the step runs: once each."""
@@ -370,24 +402,6 @@ class Run:
 
     def _is_last(self) -> bool:
         return self.step == self.config.iterations
-
-
-def _watched(run: Run, stop: list[str]) -> None:
-    """run.steps(stop); TrainingError for what does not fit, and for a rank that was lost."""
-    try:
-        run.steps(stop)
-        return
-    except RuntimeError as error:
-        if is_lost_rank(error) and run.world.size > 1:
-            raise TrainingError(
-                f"rank {run.world.rank} lost another one after step {run.step}: "
-                f"{str(error).strip().partition(chr(10))[0][:200]}; torchrun --max-restarts N with "
-                "--auto-resume goes on from the last checkpoint"
-            ) from None
-        if not is_out_of_memory(error):
-            raise
-        error.__traceback__ = None  # it holds the step's tensors
-    raise TrainingError(advice(run.train_step))
 
 
 def _due(step: int, every: int) -> bool:

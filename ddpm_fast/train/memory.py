@@ -17,7 +17,13 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 def advice(train_step: TrainStep) -> str:
     """What fits, measured, after an error whose frames no longer hold the step's tensors."""
     config = train_step.config
-    parts = config.batch_size // config.grad_accumulation
+    parts = train_step.batches.batch_size // config.grad_accumulation
+    if train_step.world.size > 1:  # the others do not try with it
+        return (
+            f"out of memory: {parts} images at a time do not fit on {train_step.batches.device}; "
+            f"--grad-accumulation {2 * config.grad_accumulation} trains the same way, --recompute "
+            "norm or block saves memory"
+        )
     fits = largest_part_that_fits(train_step, parts)
     given = f"out of memory: {parts} images at a time do not fit on {train_step.batches.device}"
     if fits is None:

@@ -21,6 +21,7 @@ class Measured:
 
     step  finished steps;  peak_gib  the process's or the GPU's
     data_wait  share of the time in which the step waited for the disk
+    skew  the slowest rank's forward pass over the median one's; None: one process, or not known
     """
 
     step: int
@@ -30,9 +31,10 @@ class Measured:
     grad_norm: float
     peak_gib: float
     data_wait: float = 0.0
+    skew: float | None = None
 
     def row(self) -> dict[str, float]:
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     def line(self) -> str:
         waiting = f"  data wait {self.data_wait:.0%}" if self.data_wait >= 0.01 else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -64,6 +65,7 @@ class TrainStep:
         self._ema_weights = torch.zeros(1, device=device)  # of the new weights, for FusedAdamW
         size = batches.batch_size // config.grad_accumulation
         self._parts = [slice(at, at + size) for at in range(0, batches.batch_size, size)]
+        self._forward_times: list[tuple] = []  # (start, end) of each part's forward pass
         self.call = CapturedCall(self._run, device, why_not=self._why_no_graph())
 
     def __call__(self, step: int) -> None:
@@ -84,6 +86,7 @@ class TrainStep:
         """The step as a function of the buffers."""
         self.optimizer.zero_grad(set_to_none=True)
         self.loss.zero_()
+        self._forward_times.clear()
         for part in self._parts:
             with self._unsent(part is not self._parts[-1]):
                 self.backward(part)
@@ -124,6 +127,7 @@ class TrainStep:
         seed, step, first_index = self.rng.unbind()
         first_index = first_index + (batches.first_index + rows.start)
         self.net.rng.copy_(torch.stack((seed, step, first_index)))
+        start = self._now()
         with self.autocast():
             loss = self.proc.loss(
                 self.forward,
@@ -136,8 +140,32 @@ class TrainStep:
                 step=step,
                 first_index=first_index,
             )
+        self._forward_times.append((start, self._now()))
         (loss * share).backward()
         self.loss += loss.detach() * share
+
+    @property
+    def forward_s(self) -> float | None:
+        """Seconds of this rank's last forward pass, which waits for no other rank.
+
+        None where it lies in a captured graph. On CUDA this waits for the device.
+        """
+        if self.call.captured or not self._forward_times:
+            return None
+        if self.batches.device.type == "cuda":
+            self._forward_times[-1][1].synchronize()
+            return sum(start.elapsed_time(end) for start, end in self._forward_times) / 1e3
+        return sum(end - start for start, end in self._forward_times)
+
+    def _now(self) -> float | torch.cuda.Event | None:
+        """A moment of the step: an event in the device's stream, or this process's clock."""
+        if self.batches.device.type != "cuda":
+            return time.perf_counter()
+        if torch.cuda.is_current_stream_capturing():
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def _unsent(self, wanted: bool) -> AbstractContextManager:
         """A context in which gradients only add up on this rank."""

@@ -49,6 +49,7 @@ def whole(train_tiny):
     return train_tiny(*SHORT)
 
 
+@pytest.mark.faults
 def test_killed_with_sigkill_and_resumed_it_is_bitwise_the_uninterrupted_run(
     tmp_path, tiny, start_command, resume, uninterrupted, weights, rows, two_threads
 ):
@@ -64,6 +65,7 @@ def test_killed_with_sigkill_and_resumed_it_is_bitwise_the_uninterrupted_run(
     assert rows(run) == rows(uninterrupted)
 
 
+@pytest.mark.faults
 def test_sigterm_saves_says_how_to_go_on_and_resumes_bitwise(
     tmp_path, tiny, start_command, resume, uninterrupted, weights, rows, two_threads
 ):
@@ -87,6 +89,7 @@ def test_sigterm_saves_says_how_to_go_on_and_resumes_bitwise(
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.faults
 def test_a_run_lost_between_checkpoints_repeats_its_steps_exactly(
     tmp_path, train, train_until_killed, resume, weights, rows, variant
 ):
@@ -236,6 +239,7 @@ def test_a_flag_that_would_make_it_another_run_is_refused(tiny_run, refused, tre
     assert tree(tiny_run) == before
 
 
+@pytest.mark.faults
 def test_resume_goes_back_past_a_damaged_checkpoint_and_still_ends_bitwise(
     tmp_path, whole, train, train_until_killed, resume, weights, capsys
 ):
@@ -252,6 +256,7 @@ def test_resume_goes_back_past_a_damaged_checkpoint_and_still_ends_bitwise(
 
 
 @pytest.mark.skipif(os.name != "posix", reason="RLIMIT_FSIZE is POSIX's")
+@pytest.mark.faults
 def test_a_full_disk_ends_the_run_in_one_line_and_spares_the_checkpoint(
     tmp_path, train, start_command, resume, weights, tree
 ):
@@ -275,6 +280,7 @@ def test_a_full_disk_ends_the_run_in_one_line_and_spares_the_checkpoint(
     assert (run / "checkpoints" / "step_00000040").is_dir()
 
 
+@pytest.mark.faults
 def test_of_two_trainers_on_one_folder_the_second_is_refused_and_the_first_unharmed(
     tmp_path, whole, train, start_command, before_step, weights, rows
 ):

@@ -1,0 +1,45 @@
+"""What ends a run other than its last step, told in one line: too little memory, a lost rank."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from ddpm_fast.distributed import is_lost_rank, launched_by_torchrun
+from ddpm_fast.errors import Failure
+from ddpm_fast.train.memory import advice, is_out_of_memory
+from ddpm_fast.train.step import TrainStep
+
+
+class TrainingError(Failure):
+    """Training cannot go on: one line saying why and what is safe."""
+
+
+@contextmanager
+def told_if_it_cannot_go_on(train_step: TrainStep, when: Callable[[], str]) -> Iterator[None]:
+    """TrainingError for what does not fit, with what does, and for a rank that was lost."""
+    with told_if_rank_lost(when):
+        try:
+            yield
+            return
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            error.__traceback__ = None  # it holds the step's tensors
+        raise TrainingError(advice(train_step))
+
+
+@contextmanager
+def told_if_rank_lost(when: Callable[[], str]) -> Iterator[None]:
+    """TrainingError in one line where another rank died or refused."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not (launched_by_torchrun() and is_lost_rank(error)):
+            raise
+        raise TrainingError(
+            f"rank {os.environ['RANK']} lost another one {when()}: "
+            f"{str(error).strip().partition(chr(10))[0][:200]}; torchrun --max-restarts N with "
+            "--auto-resume goes on from the last checkpoint"
+        ) from None

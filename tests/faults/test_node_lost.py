@@ -1,0 +1,55 @@
+"""Two torchruns on this machine stand for two nodes; one is lost, the other goes on alone."""
+
+import socket
+import sys
+import time
+
+import pytest
+
+pytestmark = [
+    pytest.mark.faults,
+    pytest.mark.skipif(sys.platform != "linux", reason="not tried elsewhere"),
+]
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+NODE = ("--nnodes", "1:2", "--rdzv-backend", "c10d", "--rdzv-id", "two-nodes",
+        "--local-addr", "127.0.0.1", "--max-restarts", 3, "--shutdown-timeout", 5, "--rdzv-conf",
+        "last_call_timeout=4,keep_alive_interval=1,keep_alive_max_attempt=3")  # fmt: skip
+
+
+@pytest.fixture
+def start_node(start_ranks, tmp_path, tiny, flags):
+    """start_node(fault=None) -> a torchrun with one rank, of one or two."""
+    endpoint = ("--rdzv-endpoint", f"127.0.0.1:{free_port()}")
+
+    def start(*more, fault=None, step=13):
+        module = "tests.faults.trainer" if fault else "ddpm_fast.train"
+        argv = ("-m", module, *tiny, *flags, *more, "--run-dir", tmp_path / "run",
+                "--auto-resume", "--timeout", 20)  # fmt: skip
+        environment = {"FAULT": fault, "FAULT_RANK": "any", "FAULT_STEP": str(step)}
+        return start_ranks(1, *argv, options=(*NODE, *endpoint), **(environment if fault else {}))
+
+    return start
+
+
+def test_a_lost_node_leaves_the_other_to_go_on_from_the_last_checkpoint(
+    start_node, tmp_path, rows, undisturbed
+):
+    """With one rank instead of two: the same losses within rounding."""
+    stays = start_node()
+    time.sleep(2)  # it is the one that holds the rendezvous
+    start_node(fault="kill-node")
+    output, _ = stays.communicate(timeout=120)
+    assert stays.returncode == 0, output
+    assert "on 2 processes (cpu)" in output and "on cpu; run folder" in output
+    assert "resumed after step 10 from" in output
+    found, expected = rows(tmp_path / "run"), rows(undisturbed)
+    assert [row["step"] for row in found] == [row["step"] for row in expected]
+    losses = [row["loss"] for row in expected]
+    assert [row["loss"] for row in found] == pytest.approx(losses, rel=1e-5)

@@ -1,0 +1,75 @@
+"""A rank or all of them die or freeze: torchrun goes on from the last checkpoint, or says why."""
+
+import os
+import re
+import signal
+import sys
+import time
+
+import pytest
+
+pytestmark = [
+    pytest.mark.faults,
+    pytest.mark.skipif(sys.platform != "linux", reason="ranks are found in /proc"),
+]
+
+
+def test_the_writer_killed_in_a_checkpoint_is_restarted_and_nothing_is_lost(train, same_end):
+    output = train("--auto-resume", fault="kill-writer", rank=0, step=20,
+                   options=("--max-restarts", 1))  # fmt: skip
+    assert "resumed after step 10" in output
+    same_end()
+
+
+@pytest.mark.slow
+def test_a_rank_killed_ten_times_in_a_row_ends_as_if_it_never_was(train, same_end):
+    output = train("--auto-resume", "--checkpoint-every", 3, fault="kill-each-time", step=0,
+                   options=("--max-restarts", 10), timeout=300)  # fmt: skip
+    resumed = [int(step) for step in re.findall(r"resumed after step (\d+)", output)]
+    assert len(resumed) == 10 and resumed == sorted(set(resumed))  # each attempt got further
+    same_end()
+
+
+def test_a_frozen_rank_is_given_up_within_the_timeout_in_one_line(start_train, steps, ranks_of):
+    process = start_train("--timeout", 5, fault="freeze", rank=1, step=13)
+    moments = {}
+    for line in process.stdout:  # ends with torchrun and both ranks
+        for told in ("step 12/40", "lost another one", "Traceback"):
+            if told in line and told not in moments:
+                moments[told] = time.monotonic()
+        if "lost another one" in line:
+            last_words = line
+            for pid in ranks_of(process):  # torchrun would give it 30 s to end
+                os.kill(pid, signal.SIGCONT)
+    assert process.wait(timeout=60) == 1
+    assert 4 < moments["lost another one"] - moments["step 12/40"] < 5 + 5
+    assert "error: rank 0 lost another one after step 13: " in last_words
+    assert "--auto-resume goes on from the last checkpoint" in last_words
+    assert moments.get("Traceback", float("inf")) > moments["lost another one"]  # torchrun's own
+    assert steps() == [10]
+
+
+def test_a_rank_lost_while_the_run_is_set_up_is_told_in_one_line(train, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").touch()  # not ours: rank 0 refuses the folder
+    output = train(code=1)
+    assert "exists already" in output
+    assert "in _train" not in output  # no trace of ours
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_sigterm_to_one_rank_has_all_save_and_leave(train, resume, same_end, steps, rank):
+    output = train(fault="sigterm", rank=rank, step=13)
+    assert re.search(r"stopped by .* after step 14; checkpoint saved", output)
+    assert steps()[-1] == 14
+    resume()
+    same_end()
+
+
+def test_sigterm_to_the_agent_has_all_save_and_leave(train, resume, same_end, steps):
+    # torchrun itself ends with 1 and a SignalException: what counts is the checkpoint
+    output = train("--log-every", 4, fault="sigterm-agent", rank=0, step=13, code=1)
+    stopped = int(re.search(r"stopped by .* after step (\d+); checkpoint saved", output)[1])
+    assert 13 < stopped < 40 and steps()[-1] == stopped
+    resume()
+    same_end()

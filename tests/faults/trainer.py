@@ -1,0 +1,118 @@
+"""python -m ddpm_fast.train with a fault in it: FAULT, from FAULT_STEP, in FAULT_RANK or any.
+
+It strikes in torchrun's first attempt only, but for `kill-each-time`.
+"""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from ddpm_fast import checkpoint
+from ddpm_fast.diffusion.process import Diffusion
+from ddpm_fast.train.__main__ import main
+from ddpm_fast.train.step import TrainStep
+
+FAULT = os.environ["FAULT"]
+STEP = int(os.environ.get("FAULT_STEP", "13"))
+ATTEMPT = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+CHECKPOINTS = Path(sys.argv[sys.argv.index("--run-dir") + 1]) / "checkpoints"
+
+
+def kill_self():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_the_node():
+    os.kill(os.getppid(), signal.SIGKILL)
+    kill_self()
+
+
+def before_step(action, *, every=False):
+    """Call action() before step STEP, or before each from there on."""
+    original = TrainStep.__call__
+
+    def call(self, step):
+        if step == STEP or (every and step > STEP):
+            action()
+        original(self, step)
+
+    TrainStep.__call__ = call
+
+
+def kill_the_writer():
+    """Between the parts of a checkpoint and its manifest."""
+    original = checkpoint._write
+
+    def write(path, data):
+        if path.name == checkpoint.MANIFEST and f"step_{STEP:08d}" in str(path):
+            kill_self()
+        original(path, data)
+
+    checkpoint._write = write
+
+
+def kill_after_each_checkpoint():
+    """As soon as this attempt has written one."""
+    before = checkpoint.steps_in(CHECKPOINTS)
+
+    def action():
+        if ATTEMPT < 10 and checkpoint.steps_in(CHECKPOINTS) != before:
+            kill_self()
+
+    before_step(action, every=True)
+
+
+def spoil_the_loss():
+    original = Diffusion.loss
+    spoiled = []
+
+    def loss(self, *args, step, **options):
+        value = original(self, *args, step=step, **options)
+        if int(step) == STEP and not spoiled:
+            spoiled.append(True)
+            return value * float("inf")
+        return value
+
+    Diffusion.loss = loss
+
+
+def slow_down():
+    """Ten times what the forward pass itself takes."""
+    original = Diffusion.loss
+
+    def loss(*args, **options):
+        start = time.perf_counter()
+        value = original(*args, **options)
+        time.sleep(9 * (time.perf_counter() - start))
+        return value
+
+    Diffusion.loss = loss
+
+
+def take_the_folder():
+    """A file where the checkpoints were: not even root can write into it."""
+    CHECKPOINTS.rename(CHECKPOINTS.with_name("taken"))
+    CHECKPOINTS.touch()
+
+
+ARRANGE = {
+    "kill": lambda: before_step(kill_self),
+    "kill-each-time": kill_after_each_checkpoint,
+    "kill-writer": kill_the_writer,
+    "kill-node": lambda: before_step(kill_the_node),
+    "sigterm": lambda: before_step(lambda: os.kill(os.getpid(), signal.SIGTERM)),
+    "sigterm-agent": lambda: before_step(lambda: os.kill(os.getppid(), signal.SIGTERM)),
+    "freeze": lambda: before_step(lambda: os.kill(os.getpid(), signal.SIGSTOP)),
+    "wait": lambda: before_step(lambda: time.sleep(60)),
+    "inf": spoil_the_loss,
+    "slow": slow_down,
+    "take-folder": lambda: before_step(take_the_folder),
+}
+
+if __name__ == "__main__":
+    due = ATTEMPT == 0 or FAULT == "kill-each-time"
+    if due and os.environ["FAULT_RANK"] in (os.environ["RANK"], "any"):
+        ARRANGE[FAULT]()
+    sys.exit(main())
