@@ -16,14 +16,20 @@ class CapturedCall:
             must not wait for the device
     device  a CUDA device; on any other `run` is called each time
     why_not a reason never to capture it
+    warm_up_calls  so many calls come before the capture
 
     `why_not` says why there is no graph, or is None; `captured` whether there is one.
     """
 
     def __init__(
-        self, run: Callable[[], None], device: torch.device, *, why_not: str | None = None
+        self,
+        run: Callable[[], None],
+        device: torch.device,
+        *,
+        why_not: str | None = None,
+        warm_up_calls: int = WARM_UP_CALLS,
     ) -> None:
-        self._run, self._device = run, device
+        self._run, self._device, self._warm_up_calls = run, device, warm_up_calls
         self._graph: torch.cuda.CUDAGraph | None = None
         self._calls = 0
         self.why_not = why_not
@@ -39,7 +45,7 @@ class CapturedCall:
             self._graph.replay()
         elif self.why_not is not None:
             self._run()
-        elif self._calls < WARM_UP_CALLS:
+        elif self._calls < self._warm_up_calls:
             self._calls += 1
             self._on_side_stream()
         else:

@@ -124,7 +124,7 @@ class Training:
 
     def last_lines(self) -> str:
         lines = self._output.read_text(errors="replace").splitlines()
-        return " | ".join([line for line in lines if "error" in line.lower()][-3:] or lines[-3:])
+        return " | ".join([line for line in lines if ": error: " in line][-2:] or lines[-3:])
 
 
 def chaos(minutes: float, seed: int, say: Callable[[str], None] = print) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -157,7 +158,7 @@ def _compiles(config: TrainConfig, device: torch.device, say: Callable[[str], No
 def _shared(train_step: TrainStep) -> DistributedDataParallel:
     """The net whose gradients are the mean over the ranks; its EMA and buffers stay outside."""
     config, device = train_step.config, train_step.batches.device
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _side_stream(device):
         warnings.simplefilter("ignore", FutureWarning)  # 2.13 renames broadcast_buffers
         shared = DistributedDataParallel(
             train_step.forward,
@@ -169,6 +170,11 @@ def _shared(train_step: TrainStep) -> DistributedDataParallel:
     if config.grad_compression == "bf16":
         shared.register_comm_hook(None, bf16_compress_hook)
     return shared
+
+
+def _side_stream(device: torch.device) -> AbstractContextManager:
+    """Where DDP has to be made for its step to be captured.  PyTorch's notes on CUDA graphs"""
+    return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
 
 
 def compile_errors() -> tuple[type[Exception], ...]:

@@ -15,10 +15,13 @@ from ddpm_fast.diffusion.process import Diffusion
 from ddpm_fast.distributed import ALONE, World
 from ddpm_fast.ema import EMA
 from ddpm_fast.fused_adamw import FusedAdamW
-from ddpm_fast.graphs import CapturedCall
+from ddpm_fast.graphs import WARM_UP_CALLS, CapturedCall
 from ddpm_fast.nn.unet import UNet
 from ddpm_fast.optimizer import learning_rate_at
 from ddpm_fast.train.config import TrainConfig
+
+# DDP rebuilds its buckets and gathers statistics in the first ten.  PyTorch's notes on CUDA graphs
+DDP_WARM_UP_CALLS = 11
 
 
 class TrainStep:
@@ -66,7 +69,10 @@ class TrainStep:
         size = batches.batch_size // config.grad_accumulation
         self._parts = [slice(at, at + size) for at in range(0, batches.batch_size, size)]
         self._forward_times: list[tuple] = []  # (start, end) of each part's forward pass
-        self.call = CapturedCall(self._run, device, why_not=self._why_no_graph())
+        self.call = CapturedCall(
+            self._run, device, why_not=self._why_no_graph(),
+            warm_up_calls=WARM_UP_CALLS if world.size == 1 else DDP_WARM_UP_CALLS,
+        )  # fmt: skip
 
     def __call__(self, step: int) -> None:
         """Run step number `step`, counted from 0."""

@@ -41,7 +41,7 @@ def start_ranks(tmp_path):
 def run_ranks(start_ranks):
     """run_ranks(count, *argv, code=0, **) -> output of torchrun, which must end with that code."""
 
-    def run(count, *argv, code=0, timeout=120, **options):
+    def run(count, *argv, code=0, timeout=400, **options):
         process = start_ranks(count, *argv, **options)
         output, _ = process.communicate(timeout=timeout)
         assert process.returncode == code, output

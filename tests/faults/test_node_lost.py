@@ -2,9 +2,13 @@
 
 import socket
 import sys
+import threading
 import time
 
 import pytest
+import torch.distributed as dist
+
+from ddpm_fast.distributed import World, _name_of_this_start
 
 pytestmark = [
     pytest.mark.faults,
@@ -53,3 +57,27 @@ def test_a_lost_node_leaves_the_other_to_go_on_from_the_last_checkpoint(
     assert [row["step"] for row in found] == [row["step"] for row in expected]
     losses = [row["loss"] for row in expected]
     assert [row["loss"] for row in found] == pytest.approx(losses, rel=1e-5)
+
+
+def test_ranks_agree_on_a_name_whatever_killed_ones_left_in_their_store():
+    """torchrun's count of restarts, which a node that comes later begins anew, is not asked."""
+    store, names = dist.HashStore(), []
+    for _ in range(3):  # starts that share the store, each beside what the others left
+
+        def meet(rank):
+            names.append(_name_of_this_start(store, World(rank, 3, rank), 10))
+
+        ranks = [threading.Thread(target=meet, args=(rank,)) for rank in (0, 2, 1)]
+        for rank in ranks:
+            rank.start()
+            time.sleep(0.05)  # the first ones find only dead ranks' names
+        for rank in ranks:
+            rank.join()
+    assert len(names) == 9
+    assert [len(set(names[at : at + 3])) for at in (0, 3, 6)] == [1, 1, 1]
+    assert len(set(names)) == 3
+
+
+def test_a_rank_that_does_not_come_is_told_within_the_timeout():
+    with pytest.raises(dist.DistStoreError, match="2 processes did not meet within 0.2 s"):
+        _name_of_this_start(dist.HashStore(), World(0, 2, 0), 0.2)
