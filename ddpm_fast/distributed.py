@@ -82,6 +82,7 @@ class World:
     def leave(self) -> None:
         """Take the process groups down, after a run that ended well."""
         if self.size > 1:
+            _host_group.clear()  # kept until the interpreter ends, its threads would abort that
             dist.destroy_process_group()
 
 
