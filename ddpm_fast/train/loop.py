@@ -57,6 +57,7 @@ def train(invocation: Invocation) -> None:
     with told_if_rank_lost(lambda: "before its first step or at the end"):
         world = join(device, timeout_s=config.timeout)
         _train(invocation, device, world)
+        world.leave()
 
 
 def _train(invocation: Invocation, device: torch.device, world: World) -> None:
@@ -93,7 +94,6 @@ def _train(invocation: Invocation, device: torch.device, world: World) -> None:
             summarise(train_step, folder, images, run.last_measured, run.images_per_s, display)
     finally:
         folder.close()
-    world.leave()
 
 
 def _quiet(line: str) -> None:
