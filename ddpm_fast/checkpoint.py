@@ -2,7 +2,8 @@
 
 checkpoints/step_00000500/{model,ema,optimizer}.safetensors + manifest.json. The folder is built
 under a temporary name, each file flushed to disk, and renamed: it is complete or it is not there.
-The manifest holds each file's size and SHA-256, because a flipped bit loads silently otherwise.
+The manifest holds each file's size and SHA-256 and its own, because a flipped bit loads silently
+otherwise.
 What is new, kept or removed goes by step numbers alone, never by a file's time.
 """
 
@@ -29,6 +30,7 @@ from torch import Tensor
 from ddpm_fast.errors import Failure
 
 MANIFEST = "manifest.json"
+OWN_DIGEST = "manifest_sha256"  # of all the rest; the first version's manifests have none
 FORMAT = 1
 _NAME = re.compile(r"step_(\d{8,})")
 _ASIDE = re.compile(r"\.step_(\d{8,})\.\d+\.old")
@@ -175,6 +177,7 @@ def _write_parts(
         shapes[part] = {key: list(t.shape) for key, t in tensors.items()}
     manifest = {"format": FORMAT, "step": step, "versions": versions(), **facts}
     manifest |= {"files": files, "shapes": shapes}
+    manifest[OWN_DIGEST] = _digest(json.loads(json.dumps(manifest)))
     _write(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
     _flush_folder(folder)
     for name, recorded in files.items():  # pruning trusts that this one is healthy
@@ -274,6 +277,12 @@ def _flush_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def _digest(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest as JSON with its keys sorted, its own digest left out."""
+    rest = {name: value for name, value in manifest.items() if name != OWN_DIGEST}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
@@ -296,6 +305,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         typed = [False]
     if not all(typed):
         raise CheckpointError(f"{path / MANIFEST} is damaged: not a checkpoint's manifest")
+    if manifest.get(OWN_DIGEST, _digest(manifest)) != _digest(manifest):
+        raise CheckpointError(f"{path / MANIFEST} was altered: its SHA-256 is not its own")
     for name in manifest["files"]:
         if Path(name).name != name:
             raise CheckpointError(f"{path / MANIFEST} names a file outside its folder: {name!r}")

@@ -7,7 +7,10 @@ noticed even where the gradients' collectives lie in a captured graph, which no 
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
 import time
 import uuid
 from collections.abc import Callable
@@ -138,6 +141,7 @@ def join(device: torch.device, *, timeout_s: float) -> World:
     """
     if not launched_by_torchrun():
         return World()
+    _end_with_the_agent()
     world = World(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
     timeout = timedelta(seconds=timeout_s)
     store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
@@ -151,6 +155,16 @@ def join(device: torch.device, *, timeout_s: float) -> World:
     )
     _host_group[:] = [dist.new_group(backend="gloo", timeout=timeout)]
     return world
+
+
+def _end_with_the_agent() -> None:
+    """Have Linux kill this rank if torchrun dies: nobody else would end it, and it holds the lock.
+
+    The ranks of other nodes then find this one lost, as with a lost node.
+    """
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of linux/prctl.h
+        ctypes.CDLL(None).prctl(set_parent_death_signal, int(signal.SIGKILL))
 
 
 def _name_of_this_start(store: dist.Store, world: World, timeout_s: float) -> str:

@@ -171,6 +171,7 @@ DAMAGE = {
         edit_manifest(lambda m: m["files"]["ema.safetensors"].update(bytes=float("inf"))),
     ),
     "step as text": ("manifest.json", edit_manifest(lambda m: m.update(step="3"))),
+    "another seed": ("manifest.json", edit_manifest(lambda m: m.update(seed=4))),
     "no step": ("manifest.json", edit_manifest(lambda m: m.pop("step"))),
     "parent folder": (
         "manifest.json",
@@ -208,9 +209,20 @@ def test_a_manifest_that_vouches_for_something_else_is_still_one_error(folder):
     path, data = folder / "step_00000003", b"not safetensors"
     (path / "ema.safetensors").write_bytes(data)
     entry = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    edit_manifest(lambda m: m["files"].update({"ema.safetensors": entry}))(path / "manifest.json")
+
+    def vouch(manifest):
+        manifest["files"]["ema.safetensors"] = entry
+        manifest["manifest_sha256"] = checkpoint._digest(manifest)
+
+    edit_manifest(vouch)(path / "manifest.json")
     with pytest.raises(CheckpointError, match="ema.safetensors is not a safetensors file"):
         load(path)
+
+
+def test_a_manifest_of_the_first_version_has_no_digest_of_its_own_and_is_read(folder):
+    path = folder / "step_00000003"
+    edit_manifest(lambda m: m.pop("manifest_sha256"))(path / "manifest.json")
+    assert value_of(load(path)) == 3
 
 
 def test_when_all_are_damaged_it_says_so_once(folder, warnings):

@@ -387,6 +387,7 @@ def test_a_pickle_named_as_weights_is_refused_and_never_run(three_written, warni
         "bytes": len(data),
         "sha256": hashlib.sha256(data).hexdigest(),
     }
+    manifest["manifest_sha256"] = checkpoint._digest(manifest)
     (newest / "manifest.json").write_text(json.dumps(manifest))
     assert value_of(load_newest(three_written, warnings.append)) == 2
     assert len(warnings) == 1 and "model.safetensors is not a safetensors file" in warnings[0]

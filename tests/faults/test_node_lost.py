@@ -32,12 +32,13 @@ def start_node(start_ranks, tmp_path, tiny, flags):
     """start_node(fault=None) -> a torchrun with one rank, of one or two."""
     endpoint = ("--rdzv-endpoint", f"127.0.0.1:{free_port()}")
 
-    def start(*more, fault=None, step=13):
+    def start(*more, fault=None, step=13, **environment):
         module = "tests.faults.trainer" if fault else "ddpm_fast.train"
         argv = ("-m", module, *tiny, *flags, *more, "--run-dir", tmp_path / "run",
                 "--auto-resume", "--timeout", 20)  # fmt: skip
-        environment = {"FAULT": fault, "FAULT_RANK": "any", "FAULT_STEP": str(step)}
-        return start_ranks(1, *argv, options=(*NODE, *endpoint), **(environment if fault else {}))
+        if fault:
+            environment |= {"FAULT": fault, "FAULT_RANK": "any", "FAULT_STEP": str(step)}
+        return start_ranks(1, *argv, options=(*NODE, *endpoint), **environment)
 
     return start
 
@@ -53,6 +54,29 @@ def test_a_lost_node_leaves_the_other_to_go_on_from_the_last_checkpoint(
     assert stays.returncode == 0, output
     assert "on 2 processes (cpu)" in output and "on cpu; run folder" in output
     assert "resumed after step 10 from" in output
+    found, expected = rows(tmp_path / "run"), rows(undisturbed)
+    assert [row["step"] for row in found] == [row["step"] for row in expected]
+    losses = [row["loss"] for row in expected]
+    assert [row["loss"] for row in found] == pytest.approx(losses, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_node_that_comes_back_is_taken_in_again(start_node, tmp_path, rows, undisturbed):
+    """The one that went on alone saves, and both go on from there."""
+    own_stores = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # or the two agents wait for ever
+    stays = start_node(fault="wait-alone", step=20, **own_stores)
+    time.sleep(2)
+    start_node(fault="kill-node", **own_stores).wait(60)
+    deadline = time.monotonic() + 60
+    while not (found := rows(tmp_path / "run")) or found[-1]["step"] != 20:
+        assert stays.poll() is None and time.monotonic() < deadline, stays.communicate()
+        time.sleep(0.1)
+    back = start_node(**own_stores)
+    output = "".join(node.communicate(timeout=120)[0] for node in (stays, back))
+    assert stays.returncode == back.returncode == 0, output
+    assert "stopped by SIGTERM after step 21" in output
+    assert "resumed after step 21 from" in output
+    assert output.count("on 2 processes (cpu)") == 2  # before and after
     found, expected = rows(tmp_path / "run"), rows(undisturbed)
     assert [row["step"] for row in found] == [row["step"] for row in expected]
     losses = [row["loss"] for row in expected]

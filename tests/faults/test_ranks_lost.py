@@ -66,6 +66,21 @@ def test_sigterm_to_one_rank_has_all_save_and_leave(train, resume, same_end, ste
     same_end()
 
 
+def test_ranks_end_with_the_agent_and_their_run_can_be_resumed_at_once(
+    start_train, resume, same_end, steps, ranks_of
+):
+    agent = start_train(fault="wait", rank=1, step=15)
+    while 10 not in steps():
+        assert agent.poll() is None, agent.communicate()
+        time.sleep(0.02)
+    ranks = ranks_of(agent)
+    agent.kill()
+    agent.communicate(timeout=20)  # until they too have closed its output
+    assert len(ranks) == 2 and not any(os.path.exists(f"/proc/{pid}/exe") for pid in ranks)
+    assert "resumed after step 10" in resume()
+    same_end()
+
+
 def test_sigterm_to_the_agent_has_all_save_and_leave(train, resume, same_end, steps):
     # torchrun itself ends with 1 and a SignalException: what counts is the checkpoint
     output = train("--log-every", 4, fault="sigterm-agent", rank=0, step=13, code=1)

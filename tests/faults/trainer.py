@@ -1,6 +1,6 @@
 """python -m ddpm_fast.train with a fault in it: FAULT, from FAULT_STEP, in FAULT_RANK or any.
 
-It strikes in torchrun's first attempt only, but for `kill-each-time`.
+It strikes in torchrun's first attempt only, but for those of EACH_ATTEMPT.
 """
 
 import os
@@ -27,6 +27,12 @@ def kill_self():
 def kill_the_node():
     os.kill(os.getppid(), signal.SIGKILL)
     kill_self()
+
+
+def wait_alone():
+    """Until a signal comes, in a world of one."""
+    if os.environ["WORLD_SIZE"] == "1":
+        signal.pause()
 
 
 def before_step(action, *, every=False):
@@ -106,13 +112,15 @@ ARRANGE = {
     "sigterm-agent": lambda: before_step(lambda: os.kill(os.getppid(), signal.SIGTERM)),
     "freeze": lambda: before_step(lambda: os.kill(os.getpid(), signal.SIGSTOP)),
     "wait": lambda: before_step(lambda: time.sleep(60)),
+    "wait-alone": lambda: before_step(wait_alone),
     "inf": spoil_the_loss,
     "slow": slow_down,
     "take-folder": lambda: before_step(take_the_folder),
 }
+EACH_ATTEMPT = ("kill-each-time", "wait-alone")
 
 if __name__ == "__main__":
-    due = ATTEMPT == 0 or FAULT == "kill-each-time"
+    due = ATTEMPT == 0 or FAULT in EACH_ATTEMPT
     if due and os.environ["FAULT_RANK"] in (os.environ["RANK"], "any"):
         ARRANGE[FAULT]()
     sys.exit(main())
