@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -141,8 +142,19 @@ def sdpa(qkv: Tensor, num_heads: int, scale: float | None = None) -> Tensor:
     """torch's attention on views of qkv: no copy if it is channels_last. Arguments as above."""
     h, w = qkv.shape[2:]
     q, k, v = _heads(qkv, num_heads)
-    with torch.autocast(qkv.device.type, enabled=False):  # the projection has cast qkv
+    with _own_dtype(qkv):
         return _image(F.scaled_dot_product_attention(q, k, v, scale=scale), h, w)
+
+
+def _own_dtype(qkv: Tensor) -> AbstractContextManager:
+    """A context in which autocast does not cast qkv.
+
+    Only where it would: torch caches no compiled graph that switches autocast between runs.
+    """
+    device = qkv.device.type
+    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != qkv.dtype:
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 def _heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:

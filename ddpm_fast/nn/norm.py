@@ -6,11 +6,13 @@ when the norm is a group norm.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from ddpm_fast import ops
 from ddpm_fast.kernels.group_norm_silu import runs_fused
@@ -103,6 +105,9 @@ def norm_act(
 
 
 _RECOMPUTE = object()
+_keep_convolutions = functools.partial(
+    create_selective_checkpoint_contexts, [torch.ops.aten.convolution.default]
+)
 
 
 def conv_of_recomputed(conv: nn.Conv2d, make_input: Callable[[], Tensor], bias: bool) -> Tensor:
@@ -110,6 +115,13 @@ def conv_of_recomputed(conv: nn.Conv2d, make_input: Callable[[], Tensor], bias: 
 
     Worth it where the input is cheap to make from what is saved anyway, as a norm's output is.
     """
+    if torch.compiler.is_compiling():  # left to itself, it would keep the output of our op
+        return checkpoint(
+            lambda: run_conv(conv, make_input(), bias),
+            use_reentrant=False,
+            preserve_rng_state=False,  # dropout is drawn by counter
+            context_fn=_keep_convolutions,
+        )
     x = make_input()
     address, shape = x.data_ptr(), x.shape
 

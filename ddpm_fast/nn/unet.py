@@ -41,8 +41,7 @@ class UNet(nn.Module):
 
     How it runs, not what it is, and so not part of `config`:
     impl       of its norms and attentions: "auto", "fused" (our kernels or an error), "reference"
-    recompute  "norm": outputs of norm + activation are not saved for backward but made again;
-               in eager only, as torch.compile chooses by itself
+    recompute  "norm": outputs of norm + activation are not saved for backward but made again
                "block": nothing inside a residual block is saved, all of it is made again
 
     raises  ValueError   a configuration outside its rules, naming the field and the rule
