@@ -97,10 +97,12 @@ class Display:
             return
         self._bar.stop()
         columns = (SpinnerColumn(), TextColumn(what), TimeElapsedColumn())
-        with Progress(*columns, console=self.console, transient=True) as spinner:
-            spinner.add_task(what, total=None)
-            yield
-        self._bar.start()
+        try:
+            with Progress(*columns, console=self.console, transient=True) as spinner:
+                spinner.add_task(what, total=None)
+                yield
+        finally:
+            self._bar.start()
 
     def stepped(self, step: int) -> None:
         """`step` steps are done."""
