@@ -167,6 +167,11 @@ class Sampler:
                 images[rows] = self._x[: images[rows].shape[0]]
         return images.clamp(-1, 1) if self.clip else images
 
+    @property
+    def why_no_graph(self) -> str | None:
+        """Why a step is launched anew each time; None: it is one graph, or was not called yet."""
+        return self._steps[False].why_not or self._steps[True].why_not
+
     def _start(self, x_T: Tensor | None, seed: int, first_index: int) -> None:
         """Fill the buffers for the batch that begins with image `first_index`."""
         if x_T is None:
