@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from bench.ceilings import Ceilings
+from bench.failures import failure, is_lost
 from bench.parity import mismatch, needs_grad, outputs_of
 from bench.subjects import Subject
 from bench.timing import Call, Samples, count_sets, speedup, time_in_turns
@@ -89,12 +90,19 @@ def compare(
     """
     rows, calls = {}, {}
     for subject in subjects:
-        why = subject.why_not or _refusal(spec, subject, values, dtype, device, which)
-        rows[subject.label] = {"impl": subject.label, **({"why_not": why} if why else {})}
+        why = subject.why_not
         if not why:
-            calls[subject.label] = calls_for(
-                spec, subject.run, values, dtype, device, which, cold=True
-            )
+            try:
+                why = _refusal(spec, subject, values, dtype, device, which)
+                if not why:
+                    calls[subject.label] = calls_for(
+                        spec, subject.run, values, dtype, device, which, cold=True
+                    )
+            except Exception as error:  # another's kernel may fail in any way; the others go on
+                if is_lost(device):
+                    raise
+                why = failure(error)
+        rows[subject.label] = {"impl": subject.label, **({"why_not": why} if why else {})}
     if calls:
         samples = time_in_turns(calls, device, seconds=seconds, cold=True)
         for label, found in samples.items():
@@ -119,11 +127,8 @@ def _refusal(
     device: torch.device,
     which: str,
 ) -> str:
-    """Why there is no figure: it does not run, or computes something else."""
-    try:
-        wrong = mismatch(spec, subject, values, dtype, device, backward=which != "forward")
-    except Exception as error:  # another's kernel may fail in any way; the other rows go on
-        return f"fails: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    """Why there is no figure where it computes something else."""
+    wrong = mismatch(spec, subject, values, dtype, device, backward=which != "forward")
     return f"parity: {wrong}" if wrong else ""
 
 

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from bench import sampling
 from bench.ceilings import Ceilings
+from bench.failures import DeviceLost, failure, is_lost
 from bench.model_parity import check
 from bench.model_work import work_of
-from bench.models import MEMORY, SAMPLING, TRAINING, Model, Setup, side_of
+from bench.models import MEMORY, SAMPLING_GROUPS, TRAINING, Model, Setup, side_of
 from bench.results import Results
 from bench.timing import Call, Samples, speedup, time_in_turns
-from ddpm_fast.graphs import WARM_UP_CALLS, CapturedCall
+from ddpm_fast.graphs import WARM_UP_CALLS
 
 BATCHES = (512, 128)  # the next where one does not fit
 SAMPLED_IMAGES, DDIM_STEPS = (1, 256, 16), 50
-# Seconds that a row takes; compiling forward and backward of this net, with 16 cores, most of it
-EAGER_S, COMPILED_S = 8.0, 90.0
+# Seconds that a row takes; compiling forward and backward of this net, with 16 cores, most of it,
+# and finding that in Inductor's cache. Not yet measured, as all of these
+EAGER_S, COMPILED_S, CACHED_S = 8.0, 90.0, 40.0
+SAMPLINGS = 12  # calls of a sampling row
+LAUNCHES_S, IMAGE_S = 0.012, 1e-4  # of a forward pass: at least; an image's in bf16
 OUT_OF_MEMORY = "out of the GPU's memory"
 
 
@@ -92,21 +97,46 @@ def measure_models(
     results: Results, device: torch.device, ceilings: Ceilings, dry_run: bool
 ) -> None:
     """A training step and a forward pass of each setup, as far as time goes."""
-    for setup in TRAINING:
-        for what in setup.works:
-            _measure_alone(results, setup, what, device, ceilings, dry_run)
+    for setup, what, needs_s in model_order():
+        _measure_alone(results, setup, what, device, ceilings, dry_run, needs_s)
+
+
+def model_order() -> list[tuple[Setup, str, float]]:
+    """(setup, what is timed, seconds it needs), in order of worth: no forward pass before the last
+    training step."""
+    rows, compiled = [], set()
+    for what in ("training step", "forward"):
+        for setup in (each for each in TRAINING if what in each.works):
+            code = (what, replace(setup, captured=False))  # a capture's is compiled already
+            needs_s = EAGER_S
+            if setup.compile:
+                needs_s = CACHED_S if code in compiled else COMPILED_S
+            rows.append((setup, what, needs_s if what == "training step" else needs_s / 2))
+            compiled.add(code)
+    return rows
 
 
 def measure_sampling(
     results: Results, device: torch.device, ceilings: Ceilings, dry_run: bool
 ) -> None:
     """images_per_s of DDIM at several numbers of images at once."""
-    rows = [(images, setup) for images in SAMPLED_IMAGES for setup in SAMPLING]
-    for images, setup in sorted(rows, key=lambda row: row[1].preset):  # cifar10 first
+    for setup, images, needs_s in sampling_order():
         _measure_alone(
-            results, setup, "forward", device, ceilings, dry_run,
+            results, setup, "forward", device, ceilings, dry_run, needs_s,
             images=min(images, 2) if dry_run else images, steps=2 if dry_run else DDIM_STEPS,
         )  # fmt: skip
+
+
+def sampling_order() -> list[tuple[Setup, int, float]]:
+    """(setup, images, seconds it needs), in order of worth."""
+    rows = []
+    for group in SAMPLING_GROUPS:
+        for images in SAMPLED_IMAGES:
+            for setup in group:
+                step_s = max(LAUNCHES_S, images * (IMAGE_S if setup.bf16 else 4 * IMAGE_S))
+                ready_s = COMPILED_S / 2 if setup.compile else EAGER_S
+                rows.append((setup, images, ready_s + SAMPLINGS * DDIM_STEPS * step_s))
+    return rows
 
 
 def measure_memory(
@@ -114,7 +144,7 @@ def measure_memory(
 ) -> None:
     """Peak of a training step; the compiled ones are the models' rows."""
     for setup in MEMORY:
-        _measure_alone(results, setup, "training step", device, ceilings, dry_run)
+        _measure_alone(results, setup, "training step", device, ceilings, dry_run, EAGER_S)
 
 
 def _measure_alone(
@@ -124,14 +154,15 @@ def _measure_alone(
     device: torch.device,
     ceilings: Ceilings,
     dry_run: bool,
+    needs_s: float,
     *,
     images: int | None = None,
     steps: int = 0,
 ) -> None:
-    """One row. With `images` None the largest of BATCHES that fits."""
+    """One row, if it is not there. With `images` None the largest of BATCHES that fits."""
     title = f"DDIM-{steps}" if steps else what
     shown = f"{title} {setup.preset} {setup.label}"
-    if results.over(shown, _needs_s(setup, what, dry_run)):
+    if _is_there(results, shown, images) or results.over(shown, 0.0 if dry_run else needs_s):
         return
     why = setup.why_not(torch.device("cuda") if dry_run else device)
     if dry_run and (setup.compile or setup.captured):
@@ -144,11 +175,21 @@ def _measure_alone(
         row = Row(columns | {"batch": batch})
         with _failure_of(row):
             _time_alone(row, setup, what, batch, device, ceilings, steps, dry_run)
-        _forget(device)
+        lost = row.why_not.startswith("fails") and is_lost(device)
+        if not lost:
+            _forget(device)
         if row.why_not != OUT_OF_MEMORY:
             break
     found = row.columns | ({"why_not": row.why_not} if row.why_not else {})
     results.add(f"{shown} batch {batch}", **found)
+    if lost:
+        raise DeviceLost(shown)
+
+
+def _is_there(results: Results, shown: str, images: int | None) -> bool:
+    """Whether a process before this one has added the row."""
+    start = f"{shown} batch {images} " if images else f"{shown} batch "
+    return any(row["name"] == shown or f"{row['name']} ".startswith(start) for row in results.rows)
 
 
 def _time_alone(
@@ -181,8 +222,12 @@ def _ready(
     tiny: bool,
 ) -> tuple[Model, Call]:
     """The call to time, after its parity check and a first call; notes both in `row`."""
+    gc.collect()
     before = _allocated(device)
-    model = Model(setup, device, images, training=what == "training step", tiny=tiny)
+    model = Model(
+        setup, device, images,
+        training=what == "training step", sampling=steps > 0, tiny=tiny,
+    )  # fmt: skip
     checks = [check(model, what)]
     call: Call = model.step if model.training else model.forward
     if steps:
@@ -195,9 +240,11 @@ def _ready(
         return model, call
     for _ in range(1 + (WARM_UP_CALLS if setup.captured else 0)):
         call()
-    if isinstance(call, CapturedCall) and not call.captured:
-        row.why_not = f"not captured: {call.why_not}"
-    if device.type == "cuda" and not setup.in_graph:
+    our_loop = isinstance(call, sampling.OurLoop)
+    why = call.sampler.why_no_graph if our_loop else model.captured and model.captured.why_not
+    if why and device.type == "cuda":
+        row.why_not = f"not captured: {why}"
+    if device.type == "cuda" and not (setup.in_graph or our_loop):
         torch.cuda.reset_peak_memory_stats()
         call()
         torch.cuda.synchronize()
@@ -214,17 +261,11 @@ def _failure_of(row: Row):
     except torch.cuda.OutOfMemoryError:
         row.why_not = OUT_OF_MEMORY
     except Exception as error:
-        row.why_not = f"fails: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        row.why_not = failure(error)
 
 
 def _fastest(samples: Iterable[Samples]) -> Samples | None:
     return min(samples, key=lambda each: each.median_ms, default=None)
-
-
-def _needs_s(setup: Setup, what: str, dry_run: bool) -> float:
-    if dry_run or not setup.compile:
-        return 0.0 if dry_run else EAGER_S
-    return COMPILED_S if what == "training step" else COMPILED_S / 2
 
 
 def _allocated(device: torch.device) -> int:
@@ -233,5 +274,6 @@ def _allocated(device: torch.device) -> int:
 
 def _forget(device: torch.device) -> None:
     torch._dynamo.reset()
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 # Stages whose rows are figures of something that has a parity check.
-JUDGED = ("kernels", "models", "long_run", "sampling", "memory", "parts")
+JUDGED = ("kernels", "models", "long_run", "sampling", "memory")
 FIGURES = ("ms", "images_per_s", "peak_gib")
 TEXTS = ("impl", "what", "preset", "parity", "why_not", "found")
 

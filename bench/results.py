@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 SUITE = "suite.json"  # all stages of a run
+DEVICE_LOST = 3  # a stage's exit code: to go on it needs a process of its own
 STAGES = (
     "ceilings", "build", "tests", "kernels", "models", "graph_parity", "long_run", "sampling",
     "memory", "sweep", "parts",

@@ -1,6 +1,6 @@
 """DDIM from noise to images, each net by the loop that comes with it; whether the loops agree.
 
-ours       df.sample_images
+ours       df.Sampler, made once, as who draws again and again does
 diffusers  DDIMScheduler around the net, as its pipeline does
 original   a plain loop: the original repository samples by the ancestral process only
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from bench.model_parity import Parity, distance
 from bench.models import Model
 from ddpm_fast.diffusion.process import Diffusion
-from ddpm_fast.diffusion.sampler import sample_images
+from ddpm_fast.diffusion.sampler import Sampler
 
 Net = Callable[..., Tensor]
 
@@ -27,22 +27,32 @@ TOLERANCE = 1e-3
 
 def call_for(model: Model, steps: int) -> Callable[[], Tensor]:
     """Draw model.images images in as many network calls as `steps`."""
-    x_T = model.x
-    if model.setup.net != "ours":
-        loop = LOOPS[model.setup.net]
-        return lambda: loop(model.eps_of, x_T, steps)
-
-    def call() -> Tensor:  # the net itself, so that sample_images may know it
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=model.setup.bf16):
-            return ours_loop(model.called, x_T, steps)
-
-    return call
+    if model.setup.net == "ours":
+        return OurLoop(model.eps_of, model.x, steps, model.dtype)
+    loop, x_T = LOOPS[model.setup.net], model.x
+    return lambda: loop(model.eps_of, x_T, steps)
 
 
-def ours_loop(net: Net, x_T: Tensor, steps: int) -> Tensor:
-    proc, n = Diffusion("linear", TIMESTEPS), len(x_T)
-    # diffusers keeps the net's eps after clipping x_0
-    return sample_images(net, proc, n, x_T=x_T, steps=steps, batch_size=n, recompute_eps=False)
+class OurLoop:
+    """A Sampler and its start, called again and again.
+
+    dtype  that the net takes its images in
+    """
+
+    def __init__(self, net: Net, x_T: Tensor, steps: int, dtype: torch.dtype | None = None) -> None:
+        self.x_T = x_T
+        self.sampler = Sampler(
+            net, Diffusion("linear", TIMESTEPS), steps=steps, batch_size=len(x_T), dtype=dtype,
+            shape=tuple(x_T.shape[1:]), device=x_T.device,
+            recompute_eps=False,  # diffusers keeps the net's eps after clipping x_0
+        )  # fmt: skip
+
+    def __call__(self) -> Tensor:
+        return self.sampler(len(self.x_T), x_T=self.x_T)
+
+
+def our_loop(net: Net, x_T: Tensor, steps: int) -> Tensor:
+    return OurLoop(net, x_T, steps)()
 
 
 @torch.no_grad()
@@ -74,7 +84,7 @@ def diffusers_loop(net: Net, x_T: Tensor, steps: int) -> Tensor:
 
 
 LOOPS: dict[str, Callable[[Net, Tensor, int], Tensor]] = {
-    "ours": ours_loop,
+    "ours": our_loop,
     "original": plain_loop,
     "diffusers": diffusers_loop,
 }

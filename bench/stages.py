@@ -9,21 +9,40 @@ import signal
 import subprocess
 import sys
 import tempfile
-import xml.etree.ElementTree as ElementTree
-from collections.abc import Sequence
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from bench import ceilings as bench_ceilings
-from bench import environment
+from bench import environment, outcomes
 from bench.ceilings import Ceilings
-from bench.results import STAGES, SUITE, Results, read_json
+from bench.failures import DeviceLost, failure, is_lost
+from bench.results import DEVICE_LOST, STAGES, SUITE, Results, read_json
+
+if TYPE_CHECKING:  # importing a kernel here would look for the extension before it is built
+    from ddpm_fast.kernels.spec import Case, KernelSpec
 
 SECONDS_PER_CASE = 0.6
 COMPILE_S = 10.0  # of a pass: torch.compile, the parity checks
 DRY_CASES = 1  # of each kernel
+ALONE = ("tests/bench/test_timing.py",)  # what is timed beside other tests is not timed
+ALONE_S = 25.0
+GRACE_S = 5.0  # between interrupting pytest and killing it
+NOTE_S = 1.0  # between two looks at what it has found
+MARGIN_S = 8.0  # of a stage's time, at most: for finishing what runs, and for writing
+# Modules that the stages import, and how pip calls them where that is another name.
+MODULES = {
+    "tyro": "", "docstring_parser": "", "typeguard": "", "typing_extensions": "", "rich": "",
+    "safetensors": "", "PIL": "pillow", "pynvml": "nvidia-ml-py", "triton": "", "diffusers": "",
+    "importlib_metadata": "", "liger_kernel": "liger-kernel", "pytest": "", "hypothesis": "",
+    "xdist": "pytest-xdist",
+}  # fmt: skip
 
 
 class StageFailed(Exception):
@@ -31,7 +50,12 @@ class StageFailed(Exception):
 
 
 def run_ceilings(results: Results, device: torch.device, dry_run: bool) -> None:
-    """Copy and matrix product; the other stages read them from the suite's file."""
+    """Copy and matrix product; the other stages read them from the suite's file.
+
+    First what is not installed here: what fails or is left out later may be for want of that.
+    """
+    missing = [name or module for module, name in MODULES.items() if not find_spec(module)]
+    results.add("packages", found=f"missing: {', '.join(missing)}" if missing else "all there")
     found, rows = bench_ceilings.measure(device, tiny=dry_run)
     for row in rows:
         results.add(**row)
@@ -74,45 +98,78 @@ def run_build(results: Results, device: torch.device, dry_run: bool) -> None:
 
 
 def run_tests(results: Results, device: torch.device, dry_run: bool) -> None:
-    """pytest -m gpu; a row of counts and one for each failure."""
-    folder = "tests/kernels" if dry_run else "tests"
+    """pytest -m gpu; a row of counts, kept up to date, and one for each failure."""
+    runs = [["tests/kernels" if dry_run else "tests"]]
+    if not dry_run and find_spec("xdist"):
+        # Most of it is compiling; more processes would wait for the one GPU.
+        runs = [["tests", "-n", str(min(4, os.cpu_count() or 1))], [*ALONE]]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-m",
+        "gpu",
+        "-q",
+        "--tb=short",
+        "-p",
+        "bench.outcomes",
+    ]
+    command += ["-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    codes: list[int] = []
     with tempfile.TemporaryDirectory() as work:
-        report = Path(work, "junit.xml")
-        command = [sys.executable, "-m", "pytest", "-m", "gpu", folder, "-q", "--tb=short"]
-        command += ["-p", "no:cacheprovider", f"--junitxml={report}"]
-        command += ["--continue-on-collection-errors"]
-        if not dry_run and find_spec("xdist"):
-            command += ["-n", str(min(8, os.cpu_count() or 1))]  # most of it is compiling
-        code = _run_or_interrupt(command, results.left_s())
-        cases = list(ElementTree.parse(report).iter("testcase")) if report.exists() else []
-    failed = [case for case in cases if case.find("failure") is not None]
-    failed += [case for case in cases if case.find("error") is not None]
-    skipped = sum(case.find("skipped") is not None for case in cases)
-    passed = len(cases) - skipped - len(failed)
-    found = f"{passed} passed, {len(failed)} failed, {skipped} skipped, exit code {code}"
-    results.add("pytest -m gpu", found=found)
-    for case in failed:
-        why = case.find("failure") if case.find("failure") is not None else case.find("error")
-        message = " ".join(why.get("message", "").split())[:300]
-        results.add(f"{case.get('classname')}::{case.get('name')}", found=message)
-    if code not in (0, 5) or not (passed or dry_run):  # 5: none collected
-        raise StageFailed(found)
+        paths = [Path(work, f"{i}.jsonl") for i in range(len(runs))]
+
+        def note() -> dict[str, dict[str, str]]:
+            found = {name: row for path in paths for name, row in outcomes.read(path).items()}
+            _note_counts(results, found, codes)
+            return found
+
+        note()
+        for i, (path, more) in enumerate(zip(paths, runs, strict=True)):
+            left_s = results.left_s() - GRACE_S - ALONE_S * (len(runs) - 1 - i)
+            environ = {**os.environ, outcomes.VARIABLE: str(path)}
+            codes.append(_run_or_interrupt([*command, *more], left_s, environ, note))
+        found = note()
+    for name, row in found.items():
+        if row["outcome"] == "failed":
+            results.add(name, found=row["why"])
+    passed = any(row["outcome"] == "passed" for row in found.values())
+    if set(codes) - {0, 5} or not (passed or dry_run):  # 5: none collected
+        raise StageFailed(results.rows[0]["found"])
 
 
-def _run_or_interrupt(command: list[str], seconds: float) -> int:
-    """Exit code of a process that is interrupted after some time, as by Ctrl-C."""
-    process = subprocess.Popen(command, cwd=environment.ROOT)
-    try:
-        return process.wait(max(seconds, 1.0))
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)  # pytest then writes its report
-        return process.wait()
+def _note_counts(results: Results, found: dict[str, dict[str, str]], codes: list[int]) -> None:
+    """The first row, as far as the tests have come."""
+    count = Counter(row["outcome"] for row in found.values())
+    text = ", ".join(f"{count[name]} {name}" for name in ("passed", "failed", "skipped"))
+    text += f", exit code {', '.join(map(str, codes))}" if codes else " so far"
+    if not results.rows:
+        results.add("pytest -m gpu", found=text)
+    elif results.rows[0]["found"] != text:
+        results.rows[0]["found"] = text
+        results.save()
+
+
+def _run_or_interrupt(
+    command: list[str], seconds: float, environ: Mapping[str, str], note: Callable[[], object]
+) -> int:
+    """Exit code of a process that is interrupted after some time, as by Ctrl-C, then killed."""
+    process = subprocess.Popen(command, cwd=environment.ROOT, env=environ)
+    end, asked = time.monotonic() + max(seconds, 1.0), False
+    while True:
+        with suppress(subprocess.TimeoutExpired):
+            return process.wait(NOTE_S)
+        note()
+        late_s = time.monotonic() - end
+        if late_s > GRACE_S:
+            process.kill()
+        elif late_s > 0 and not asked:
+            process.send_signal(signal.SIGINT)
+            asked = True
 
 
 def run_kernels(results: Results, device: torch.device, dry_run: bool) -> None:
     """Every case of every kernel: ours, eager, compiled, peers; each kernel's first case first."""
-    from bench.kernel_rows import compare, has_backward
-    from bench.subjects import dtype_for, subjects_of
     from ddpm_fast.kernels import SPECS
 
     ceilings = read_ceilings(results, device, dry_run)
@@ -128,30 +185,51 @@ def run_kernels(results: Results, device: torch.device, dry_run: bool) -> None:
         for spec in SPECS
         if i < len(chosen[spec.name])
     ]
-    wrong = []
-    for spec, case in order:
-        dtype = dtype_for(spec, device)
-        subjects = subjects_of(spec, case.values, dtype, device)
-        passes = ["forward"]
-        if has_backward(spec, case.values, dtype, device):
-            passes.append("backward")
-        for which in passes:
-            name = f"{spec.name} {case.name} {str(dtype).removeprefix('torch.')} {which}"
-            if results.over(name, 0.0 if dry_run else COMPILE_S):
-                continue
-            seconds = 0.05 if dry_run else SECONDS_PER_CASE
-            rows = compare(
-                spec, subjects, case.values, device, dtype, which, ceilings, seconds=seconds
-            )
-            for row in rows:
-                results.add(f"{name} {row['impl']}", **row)
-            why = rows[0].get("why_not")
-            if why and not subjects[0].why_not:
-                wrong.append(f"{name}: {why}")
+    # From an earlier process of this stage, whose device was lost to one of the kernels
+    lost, start = set(results.data.get("lost", [])), results.data.get("next", 0)
+    for i, (spec, case) in enumerate(order[start:], start):
+        if spec.name in lost:
+            continue
+        try:
+            _measure_case(results, spec, case, device, ceilings, dry_run)
+        except Exception as error:  # one kernel's; the others go on
+            name = f"{spec.name} {case.name} ours"
+            results.add(name, impl="ours", why_not=failure(error))
+            if is_lost(device):
+                results.put(lost=sorted(lost | {spec.name}), next=i + 1)
+                raise DeviceLost(name) from error
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    if wrong:
-        raise StageFailed("; ".join(wrong))
+    _fail_if_ours_is_wrong(results)
+
+
+def _measure_case(
+    results: Results,
+    spec: KernelSpec,
+    case: Case,
+    device: torch.device,
+    ceilings: Ceilings,
+    dry_run: bool,
+) -> None:
+    """The rows of a kernel's case, forward and backward."""
+    from bench.kernel_rows import compare, has_backward
+    from bench.subjects import dtype_for, subjects_of
+
+    dtype = dtype_for(spec, device)
+    subjects = subjects_of(spec, case.values, dtype, device)
+    passes = ["forward"]
+    if has_backward(spec, case.values, dtype, device):
+        passes.append("backward")
+    for which in passes:
+        name = f"{spec.name} {case.name} {str(dtype).removeprefix('torch.')} {which}"
+        if results.over(name, 0.0 if dry_run else COMPILE_S):
+            continue
+        rows = compare(
+            spec, subjects, case.values, device, dtype, which, ceilings,
+            seconds=0.05 if dry_run else SECONDS_PER_CASE,
+        )  # fmt: skip
+        for row in rows:
+            results.add(f"{name} {row['impl']}", **row)
 
 
 def run_sweep(results: Results, device: torch.device, dry_run: bool) -> None:
@@ -228,6 +306,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--seconds", type=float, required=True, help="after which it ends itself")
+    parser.add_argument(
+        "--started", type=float, help="when they began, by time.monotonic(); default: now"
+    )
+    parser.add_argument("--go-on", action="store_true", help="after the rows that it has")
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args(argv)
     if not args.dry_run and not torch.cuda.is_available():
@@ -237,9 +319,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.backends.cudnn.benchmark = True
     if args.dry_run:
         torch.set_num_threads(1)  # tiny sizes, and other processes may want the cores
-    # The last seconds are for finishing what runs, and for writing.
-    results = Results(args.out / f"{args.stage}.json", args.stage, 0.9 * args.seconds)
-    results.put(environment=environment.describe())
+    late_s = 0.0 if args.started is None else time.monotonic() - args.started  # by the imports
+    seconds = args.seconds - late_s - min(MARGIN_S, 0.1 * args.seconds)
+    path = args.out / f"{args.stage}.json"
+    kept = read_json(path) if args.go_on else {}
+    results = Results(path, args.stage, seconds)
+    results.put(**{**kept, "environment": environment.describe()})
     stages = dict(
         ceilings=run_ceilings, build=run_build, tests=run_tests, kernels=run_kernels,
         models=run_models, graph_parity=run_graph_parity, long_run=run_long_run,
@@ -250,6 +335,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StageFailed as error:
         print(f"failed: {error}")
         return 1
+    except DeviceLost as error:
+        print(f"the device is lost to {error}; the rest needs another process")
+        return DEVICE_LOST
     return 0
 
 

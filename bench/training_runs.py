@@ -32,11 +32,14 @@ TINY = (
     *("--attention-resolutions", "1", "--time-emb-dim", "8", "--precision", "fp32"),
 )
 EAGER = ("--no-compile",)
-WAYS = {
-    "compiled": ("--compile",),
+WAYS = {  # in order of worth; the last finds what the one before has compiled
     "captured": ("--no-compile", "--cuda-graph", "on"),
     "compiled and captured": ("--compile", "--cuda-graph", "on"),
+    "compiled": ("--compile",),
 }
+# Seconds of a run of PARITY_STEPS, from its imports to its checkpoint. Not yet measured
+EAGER_RUN_S, COMPILED_RUN_S = 30.0, 80.0
+STARTS_S = 50.0  # of the long run: imports, compiling what the parity's runs have cached
 
 
 class RunFailed(Exception):
@@ -47,7 +50,8 @@ def measure_graph_parity(results: Results, dry_run: bool) -> None:
     """Losses of the first steps, each way against eager: the largest relative difference."""
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        base = [*_flags(work, dry_run), "--log-every", "1"]
+        # Without the last flag no two runs would have the same bits.
+        base = [*_flags(work, dry_run), "--log-every", "1", "--deterministic"]
         has_graph = offers_cuda_graph()
         eager_flags = [*EAGER, *(("--cuda-graph", "off") if has_graph else ())]
         eager = _losses([*base, *eager_flags], work, results.left_s())
@@ -57,7 +61,8 @@ def measure_graph_parity(results: Results, dry_run: bool) -> None:
             if "--cuda-graph" in flags and not has_graph:
                 results.add(way, impl=way, why_not="the trainer has no --cuda-graph")
                 continue
-            if results.over(way, 2 * STOP_S if not dry_run else 0.0):
+            needs_s = COMPILED_RUN_S if "--compile" in flags else EAGER_RUN_S
+            if results.over(way, 0.0 if dry_run else needs_s):
                 continue
             without_graph = [] if "--cuda-graph" in flags or not has_graph else ["off"]
             more = [word for off in without_graph for word in ("--cuda-graph", off)]
@@ -79,7 +84,7 @@ def measure_long_run(results: Results, dry_run: bool) -> None:
     flags, seconds = WAYS.get(way, EAGER), 6.0 if dry_run else LONG_S
     every, batch = ("2", 4) if dry_run else ("20", 512)
     name = f"train cifar10 {way} batch {batch}"
-    if results.over(name, 0.0 if dry_run else seconds / 2 + 2 * STOP_S):
+    if results.over(name, 0.0 if dry_run else STARTS_S + seconds / 2 + STOP_S):
         return
     with tempfile.TemporaryDirectory() as folder:
         lines = run_trainer(
@@ -151,10 +156,14 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 def offers_cuda_graph() -> bool:
+    """Whether the trainer has that flag; RunFailed, with its last words, if it does not start."""
     done = subprocess.run(
         [sys.executable, "-m", "ddpm_fast.train", "--help"],
         cwd=environment.ROOT, capture_output=True, text=True,
     )  # fmt: skip
+    if done.returncode:
+        said = " ".join(done.stderr.split())[-300:]
+        raise RunFailed(f"the trainer's --help has exit code {done.returncode}: {said}")
     return "--cuda-graph" in done.stdout
 
 

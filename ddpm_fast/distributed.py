@@ -87,7 +87,8 @@ class World:
 
         It waits for the hosts' group's threads: one that lets go of the last collective's tensor
         while the interpreter ends aborts the process (1 of 60 on a busy machine). The other
-        group's live on, as DDP is never freed; what it sends is held elsewhere too.
+        group's live on, as DDP is never freed; what it sends is held elsewhere too. A captured
+        step has to be forgotten before: NCCL waits until no graph holds its collectives.
         """
         if self.size > 1:
             _host_group.clear()
@@ -111,10 +112,16 @@ def launched_by_torchrun() -> bool:
 def rank_device(name: str) -> torch.device:
     """pick_device(name), or this process's own GPU if torchrun started several.
 
+    It becomes the current device, as Triton's kernels and new streams are the current device's.
+
     raises  UsageError  a device that is not there, or more processes than GPUs
     """
     device = pick_device(name)
-    if device.type != "cuda" or not launched_by_torchrun():
+    if device.type != "cuda":
+        return device
+    if not launched_by_torchrun():
+        if device.index is not None:
+            torch.cuda.set_device(device)
         return device
     local_rank, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if local_rank >= count:

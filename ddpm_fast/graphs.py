@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+import inspect
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -13,7 +17,8 @@ class CapturedCall:
     """Calls `run`: the first times as it is, from then on as one graph launch.
 
     run     takes and returns nothing; reads and writes tensors whose addresses never change, and
-            must not wait for the device
+            must not wait for the device. Of a method only a weak reference is kept: its object may
+            own this call, and has to be freed, with the graph, when nobody needs it any more
     device  a CUDA device; on any other `run` is called each time
     why_not a reason never to capture it
     warm_up_calls  so many calls come before the capture
@@ -29,8 +34,11 @@ class CapturedCall:
         why_not: str | None = None,
         warm_up_calls: int = WARM_UP_CALLS,
     ) -> None:
-        self._run, self._device, self._warm_up_calls = run, device, warm_up_calls
+        self._run = weakref.WeakMethod(run) if inspect.ismethod(run) else lambda: run
+        self._device, self._warm_up_calls = device, warm_up_calls
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._failed_graph: torch.cuda.CUDAGraph | None = None
+        self._stream: torch.cuda.Stream | None = None
         self._calls = 0
         self.why_not = why_not
         if device.type != "cuda":
@@ -42,33 +50,81 @@ class CapturedCall:
 
     def __call__(self) -> None:
         if self._graph is not None:
-            self._graph.replay()
+            self._graph.replay()  # on its own device, whichever is the current one
         elif self.why_not is not None:
-            self._run()
+            self._run()()
         elif self._calls < self._warm_up_calls:
             self._calls += 1
-            self._on_side_stream()
+            with self.side_stream():
+                self._run()()
         else:
             self._capture()
             self()
 
-    def _on_side_stream(self) -> None:
-        """Warm-up runs where the capture will: autograd remembers its stream."""
-        current = torch.cuda.current_stream(self._device)
-        side = torch.cuda.Stream(self._device)
+    def forget(self) -> None:
+        """Give the graph back; the next call captures another."""
+        if self._graph is not None:
+            self._graph.reset()
+            self._graph = None
+
+    @contextmanager
+    def side_stream(self) -> Iterator[None]:
+        """The stream of the warm-up calls and of the capture; the current one without a capture.
+
+        Autograd and DDP remember the stream in which they first met a parameter. One stream for all
+        calls: the allocator keeps memory apart by stream. One for each CapturedCall: what a
+        library holds by stream goes with it, and must not be another graph's.
+        """
+        if self.why_not is not None:
+            yield
+            return
+        current, side = torch.cuda.current_stream(self._device), self._own_stream()
         side.wait_stream(current)
-        with torch.cuda.stream(side):
-            self._run()
+        with torch.cuda.device(self._device), torch.cuda.stream(side):
+            yield
         current.wait_stream(side)
+
+    def _own_stream(self) -> torch.cuda.Stream:
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self._device)
+        return self._stream
 
     def _capture(self) -> None:
         graph = torch.cuda.CUDAGraph()
         try:
-            # Other threads (checkpoints, pictures) may use the device meanwhile.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self._run()
+            with _no_collection(), self.side_stream():
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()  # what the warm-up held serves the graph
+                _record(graph, self._run())
         except RuntimeError as error:
+            self._failed_graph = graph  # the allocator may go on asking it about its stream
             torch.cuda.synchronize(self._device)
             self.why_not = str(error).strip().partition("\n")[0]
         else:
             self._graph = graph
+
+
+def _record(graph: torch.cuda.CUDAGraph, run: Callable[[], None]) -> None:
+    """Capture run() in the current stream; raises what it raises."""
+    # Other threads (checkpoints, pictures) may use the device meanwhile.
+    graph.capture_begin(capture_error_mode="thread_local")
+    try:
+        run()
+    except BaseException:
+        with suppress(RuntimeError):  # after an illegal call: of the capture, not the reason
+            graph.capture_end()
+        raise
+    graph.capture_end()
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """What the garbage collector frees, such as another graph, would invalidate the capture."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -588,6 +588,7 @@ def test_a_state_on_the_gpu_is_copied_behind_the_steps_launched_and_before_the_n
             writer.save(value, state, {})
             for t in tensors:
                 t.fill_(-1)
+        writer.wait()  # the thread writes from the blocks that the next copy fills
         copied = writer._host.take(state)
         assert all(t.is_pinned() for part in copied.values() for t in part.values())
     for value in (1, 2, 3):

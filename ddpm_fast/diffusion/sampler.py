@@ -133,8 +133,8 @@ class Sampler:
         self._input = self._x if dtype is None else self._x.to(dtype)  # what the net sees
         self._y = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self._steps = {
-            has_classes: CapturedCall(lambda classes=has_classes: self._step(classes), device)
-            for has_classes in (False, True)
+            has_classes: CapturedCall(step, device)
+            for has_classes, step in ((False, self._step), (True, self._step_of_classes))
         }
 
     def __call__(
@@ -167,6 +167,11 @@ class Sampler:
                 images[rows] = self._x[: images[rows].shape[0]]
         return images.clamp(-1, 1) if self.clip else images
 
+    @property
+    def why_no_graph(self) -> str | None:
+        """Why a step is launched anew each time; None: it is one graph, or was not called yet."""
+        return self._steps[False].why_not or self._steps[True].why_not
+
     def _start(self, x_T: Tensor | None, seed: int, first_index: int) -> None:
         """Fill the buffers for the batch that begins with image `first_index`."""
         if x_T is None:
@@ -186,11 +191,14 @@ class Sampler:
             if on_step is not None:
                 on_step(t, self._x.clone(), self._x_0.clone())
 
-    def _step(self, has_classes: bool) -> None:
+    def _step_of_classes(self) -> None:
+        self._step(self._y)
+
+    def _step(self, *y: Tensor) -> None:
         """One step of the batch as a function of the buffers."""
         t, t_prev = self._visited[self._at], self._visited[self._at + 1]  # (1,)
         times = t.expand(self.batch_size).contiguous()
-        eps = self.net(self._input, times, *([self._y] if has_classes else []))
+        eps = self.net(self._input, times, *y)
         if eps.untyped_storage().data_ptr() == self._x.untyped_storage().data_ptr():
             eps = eps.clone()  # a net that returns what it was given
         low_precision = self._input is not self._x

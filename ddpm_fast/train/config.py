@@ -108,6 +108,8 @@ class TrainConfig:
     """compile also on CPU, and stop if it fails"""
     cuda_graph: Literal["auto", "on", "off"] = "auto"
     """replay the step as one CUDA graph; auto: where it can be captured, on: or stop"""
+    deterministic: bool = False
+    """on CUDA, only cuDNN algorithms that give the same bits each time, instead of the fastest"""
     grad_compression: Literal["none", "bf16"] = "none"
     """send gradients between processes as they are, or rounded to bf16"""
     timeout: float = 600.0
@@ -207,10 +209,10 @@ RENAMED = {
 
 # What may differ when a run goes on; all else would make it another run.
 RESUMABLE = frozenset({
-    "iterations", "data_root", "device", "compile", "force_compile", "cuda_graph", "recompute",
-    "grad_compression", "timeout", "on_nan", "log_every", "sample_every", "sample_images",
-    "sample_steps", "checkpoint_every", "keep_checkpoints", "keep_every", "monitor", "tensorboard",
-    "wandb",
+    "iterations", "data_root", "device", "compile", "force_compile", "cuda_graph", "deterministic",
+    "recompute", "grad_compression", "timeout", "on_nan", "log_every", "sample_every",
+    "sample_images", "sample_steps", "checkpoint_every", "keep_checkpoints", "keep_every",
+    "monitor", "tensorboard", "wandb",
 })  # fmt: skip
 
 

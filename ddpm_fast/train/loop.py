@@ -32,6 +32,7 @@ from ddpm_fast.train.failures import (
 from ddpm_fast.train.progress import Display, Measured, peak_gib
 from ddpm_fast.train.run_folder import RunFolder, default_run_dir
 from ddpm_fast.train.setup import (
+    choose_algorithms,
     compile_errors,
     compiled_graphs,
     for_ranks,
@@ -62,6 +63,7 @@ def train(invocation: Invocation) -> None:
 
 def _train(invocation: Invocation, device: torch.device, world: World) -> None:
     config = for_ranks(invocation.config, device, world)
+    choose_algorithms(device, deterministic=config.deterministic)
     images = world.chief_first(lambda: open_data(config, print if world.is_chief else _quiet))
     train_step = make_step(config, images, device, world)
     path = Path(world.from_chief(lambda: str(config.run_dir or default_run_dir(config.preset))))
@@ -84,6 +86,7 @@ def _train(invocation: Invocation, device: torch.device, world: World) -> None:
             wrap_net(train_step, display.say)
             with told_if_it_cannot_go_on(run.train_step, lambda: f"after step {run.step}"):
                 run.steps(stop)
+            train_step.call.forget()  # its collectives would keep the ranks from parting
             if run.step < config.iterations:
                 display.say(
                     f"stopped by {stop[0]} after step {run.step}; checkpoint saved; continue with: "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -83,6 +82,16 @@ def for_ranks(config: TrainConfig, device: torch.device, world: World) -> TrainC
     return config
 
 
+def choose_algorithms(device: torch.device, *, deterministic: bool) -> None:
+    """cuDNN's fastest algorithms, by trying them at the first steps; or only ones that give the
+    same bits each time, which is also what somebody who has asked torch for such gets."""
+    if device.type != "cuda":
+        return
+    cudnn = torch.backends.cudnn
+    cudnn.deterministic = cudnn.deterministic or deterministic
+    cudnn.benchmark = not (cudnn.deterministic or torch.are_deterministic_algorithms_enabled())
+
+
 def make_step(
     config: TrainConfig, images: ImageSet, device: torch.device, world: World = ALONE
 ) -> TrainStep:
@@ -111,6 +120,8 @@ def make_step(
         )  # fmt: skip
     except ValueError as error:
         raise UsageError(str(error)) from None
+    # The optimizer warns once that it was not captured; the warm-up calls are not meant to be.
+    warnings.filterwarnings("ignore", message="This instance was constructed with capturable=True")
     rate = config.learning_rate
     optimizer = make_optimizer(
         config.optimizer, net.parameters(), weight_decay=config.weight_decay,
@@ -158,7 +169,8 @@ def _compiles(config: TrainConfig, device: torch.device, say: Callable[[str], No
 def _shared(train_step: TrainStep) -> DistributedDataParallel:
     """The net whose gradients are the mean over the ranks; its EMA and buffers stay outside."""
     config, device = train_step.config, train_step.batches.device
-    with warnings.catch_warnings(), _side_stream(device):
+    # In the stream of the capture, if there will be one.  PyTorch's notes on CUDA graphs
+    with warnings.catch_warnings(), train_step.call.side_stream():
         warnings.simplefilter("ignore", FutureWarning)  # 2.13 renames broadcast_buffers
         shared = DistributedDataParallel(
             train_step.forward,
@@ -170,11 +182,6 @@ def _shared(train_step: TrainStep) -> DistributedDataParallel:
     if config.grad_compression == "bf16":
         shared.register_comm_hook(None, bf16_compress_hook)
     return shared
-
-
-def _side_stream(device: torch.device) -> AbstractContextManager:
-    """Where DDP has to be made for its step to be captured.  PyTorch's notes on CUDA graphs"""
-    return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
 
 
 def compile_errors() -> tuple[type[Exception], ...]:

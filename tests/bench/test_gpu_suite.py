@@ -1,15 +1,17 @@
 """The GPU suite: every stage in a dry run, failing and killed stages, the table's size."""
 
 import json
+import os
 import subprocess
 import sys
 import time
 
 import pytest
 
-from bench import gpu_suite, suite_table
+from bench import gpu_suite, model_rows, stages, suite_table, training_runs
 from bench.environment import ROOT
-from bench.results import STAGES, SUITE, Results, read_json, write_json
+from bench.results import DEVICE_LOST, STAGES, SUITE, Results, read_json, write_json
+from ddpm_fast.kernels import SPECS
 
 
 def suite(*arguments):
@@ -94,6 +96,115 @@ def test_results_are_on_disk_after_each_row(tmp_path):
     assert read_json(results.path)["rows"] == [{"name": "a", "ms": 1.0}]
     assert results.over("b")
     assert read_json(results.path)["left_out"] == ["b"]
+
+
+# What the issue's targets are about, and what each stage needs beside its rows: imports, CUDA, the
+# first check against fp64
+HEADLINES = (
+    *(("training step", f"{net} {how} bf16{graph}") for net in ("ours", "diffusers")
+      for how in ("compiled", "eager") for graph in ("", " captured")),
+    ("training step", "original eager fp32 NCHW"),
+)  # fmt: skip
+STAGE_S = 15.0
+
+
+@pytest.fixture(scope="module")
+def seconds_for_rows():
+    """Of each stage in its call, if all before it use up theirs."""
+    found = {}
+    for call in gpu_suite.CALLS:
+        left = 60 * gpu_suite.MINUTES - 2.0
+        for i, stage in enumerate(call):
+            share = gpu_suite.share_s(stage, call[i:], left)
+            found[stage] = share - min(stages.MARGIN_S, 0.1 * share) - STAGE_S
+            left -= share
+        assert left >= 0
+    return found
+
+
+def started(rows, seconds):
+    """Of (row, seconds it needs), the rows that start if each takes just that."""
+    found = []
+    for row, needs_s in rows:
+        if seconds > needs_s:
+            found.append(row)
+            seconds -= needs_s
+    return found
+
+
+def test_in_the_three_calls_every_headline_row_can_start(seconds_for_rows):
+    models = started(
+        [((what, setup.preset, setup.label), s) for setup, what, s in model_rows.model_order()],
+        seconds_for_rows["models"],
+    )
+    assert {(what, "cifar10", label) for what, label in HEADLINES} <= set(models)
+    drawn = started(
+        [((images, setup.preset, setup.label), s)
+         for setup, images, s in model_rows.sampling_order()],
+        seconds_for_rows["sampling"],
+    )  # fmt: skip
+    wanted = {
+        (n, "cifar10", f"{net} eager bf16") for n in (1, 256) for net in ("ours", "diffusers")
+    }
+    assert wanted <= set(drawn)
+    runs = [("eager", training_runs.EAGER_RUN_S)]
+    for way, flags in training_runs.WAYS.items():
+        compiled = "--compile" in flags
+        needs_s = training_runs.COMPILED_RUN_S if compiled else training_runs.EAGER_RUN_S
+        runs.append((way, needs_s))
+    assert set(started(runs, seconds_for_rows["graph_parity"])) >= {
+        "eager", "captured", "compiled and captured",
+    }  # fmt: skip
+    long_run_s = training_runs.STARTS_S + training_runs.LONG_S + training_runs.STOP_S
+    assert seconds_for_rows["long_run"] + STAGE_S >= long_run_s  # it imports no torch
+    assert seconds_for_rows["memory"] > 2 * model_rows.EAGER_S  # ours and diffusers'
+    assert seconds_for_rows["kernels"] > 2 * len(SPECS) * stages.COMPILE_S
+
+
+def test_no_forward_pass_comes_before_a_training_step_and_what_compiles_for_minutes_is_last():
+    order = model_rows.model_order()
+    works = [what for _, what, _ in order]
+    assert works == sorted(works, reverse=True) and set(works) == {"training step", "forward"}
+    last = [setup for setup, what, _ in order if what == "training step"][-1]
+    assert last.compile == "max-autotune-no-cudagraphs"
+
+
+def test_ceilings_and_build_have_their_time_in_every_choice_of_stages():
+    shares = [gpu_suite.share_s(stage, STAGES[i:], 540.0) for i, stage in enumerate(STAGES[:2])]
+    assert shares == [40.0, 45.0]
+    assert gpu_suite.share_s("ceilings", ["ceilings"], 10.0) == 10.0
+
+
+def test_a_stage_whose_device_is_lost_goes_on_in_another_process(tmp_path, monkeypatch):
+    def run_once(command, end, log):
+        commands.append(command)
+        log.append("said\n")
+        return codes.pop(0)
+
+    commands, codes = [], [DEVICE_LOST, DEVICE_LOST, 1]
+    monkeypatch.setattr(gpu_suite, "_run_once", run_once)
+    found = gpu_suite.run_stage("kernels", tmp_path, 4.0, False)
+    assert found["status"] == "failed" and found["log"] == "said\n" * 3
+    assert [command[-1] == "--go-on" for command in commands] == [False, True, True]
+
+
+@pytest.mark.parametrize("suite_lives", [True, False])
+def test_only_the_stage_of_a_suite_that_was_killed_is_ended(suite_lives, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_suite.tempfile, "gettempdir", lambda: str(tmp_path))
+    killed = []
+    monkeypatch.setattr(gpu_suite.os, "killpg", lambda pid, kind: killed.append(pid))
+    waits = [sys.executable, "-c", "print('up', flush=True); input()", "bench.stages"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(waits, stdin=pipe, stdout=pipe) as stage:
+        stage.stdout.readline()
+        note = gpu_suite._note_of(os.getpid() if suite_lives else 2**22 + 1)
+        note.write_text(f"{stage.pid}\n")
+        gpu_suite._note_of(2**22 + 2).write_text("")  # cut short
+        gpu_suite._note_of(2**22 + 3).write_text(f"{os.getpid()}\n")  # the number of another
+        gpu_suite._end_orphans()
+        stage.communicate(b"\n")
+    assert killed == ([] if suite_lives else [stage.pid])
+    assert list(tmp_path.iterdir()) == ([note] if suite_lives else [])
 
 
 def stage_of(rows, left_out=()):

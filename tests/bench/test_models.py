@@ -1,6 +1,9 @@
 """Whole models: baselines compute our function, work is counted right, a red row has no figure."""
 
+import gc
+import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -176,6 +179,63 @@ def test_a_sampling_row_asks_the_net_once_a_step_and_image(tmp_path):
     work = work_of(EAGER[0].config(tiny=True), 16)
     expected_rate = work.tflop_s("forward", 3 * 2, ours.samples.median_ms)
     assert ours.columns["tflop_s"] == pytest.approx(expected_rate, rel=1e-3)
+
+
+def test_our_sampler_is_made_once_a_row_and_outside_autocast(monkeypatch):
+    made, autocast = [], []
+
+    class Sampler(sampling.Sampler):
+        def __init__(self, *arguments, **options):
+            made.append(options["dtype"])
+            super().__init__(*arguments, **options)
+
+        def __call__(self, *arguments, **options):
+            autocast.append(torch.is_autocast_enabled("cpu"))
+            return super().__call__(*arguments, **options)
+
+    monkeypatch.setattr(sampling, "Sampler", Sampler)
+    model = Model(Setup(net="ours"), CPU, 2, sampling=True, tiny=True)
+    assert {p.dtype for p in model.net.parameters()} == {torch.bfloat16}
+    assert check(model, "forward").green
+    call = sampling.call_for(model, 3)
+    first, second = call(), call()
+    assert torch.equal(first, second) and first.dtype == torch.float32
+    assert made == [torch.bfloat16] and autocast == [False, False]
+
+
+def test_no_graph_of_torch_compiles_is_inside_one_of_ours():
+    ours = [setup for setup in (*TRAINING, *SAMPLING, *MEMORY) if setup.net == "ours"]
+    assert {setup.compile for setup in ours} == {None, "default"}
+    both = [setup for setup in (*TRAINING, *SAMPLING) if setup.captured and setup.compile]
+    assert {setup.compile for setup in both} == {"default"}
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_model_is_freed_without_the_collector(captured):
+    """Its graph must not be freed by it, inside the next one's capture."""
+    model = Model(replace(EAGER[0], captured=captured), CPU, 2, training=True, tiny=True)
+    model.step()
+    loop = sampling.call_for(model, 2)
+    loop()
+    alive = [weakref.ref(each) for each in (model, model.net, loop.sampler)]
+    gc.disable()
+    try:
+        del model, loop
+        assert [ref() for ref in alive] == [None] * 3
+    finally:
+        gc.enable()
+
+
+def test_a_step_that_was_not_captured_says_why(monkeypatch):
+    setup = replace(EAGER[0], captured=True)
+    row, cuda = model_rows.Row({}), SimpleNamespace(type="cuda")
+    call = SimpleNamespace(why_not="no room")
+    model = SimpleNamespace(training=True, step=lambda: None, captured=call)
+    monkeypatch.setattr(model_rows, "Model", lambda *arguments, **options: model)
+    monkeypatch.setattr(model_rows, "check", lambda model, what: Parity(0.0, 1.0, "gradients"))
+    monkeypatch.setattr(model_rows, "_allocated", lambda device: 0)
+    model_rows._ready(row, setup, "training step", 2, cuda, 0, True)
+    assert row.why_not == "not captured: no room"
 
 
 def test_labels_tell_the_setups_of_a_list_apart():

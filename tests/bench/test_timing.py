@@ -1,5 +1,7 @@
 """Medians, quantiles, pairs in turns, floors."""
 
+import os
+
 import pytest
 import torch
 
@@ -64,6 +66,7 @@ def test_replay_gives_each_round_its_sample():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" in os.environ, reason="other tests use the device too")
 def test_a_copy_takes_as_long_by_events_as_by_the_clock():
     import time
 

@@ -1,6 +1,7 @@
 """Real training runs as stages: flags, parity of losses, what the long run may claim."""
 
 import json
+import subprocess
 
 import pytest
 
@@ -53,6 +54,13 @@ def test_without_the_flag_the_captured_rows_say_why_not(monkeypatch, results):
     measure_graph_parity(results, dry_run=False)
     assert not any("--cuda-graph" in flags for flags in ran)
     assert results.rows[2]["why_not"] == "the trainer has no --cuda-graph"
+
+
+def test_a_trainer_that_does_not_start_is_told_by_its_own_words(monkeypatch):
+    done = subprocess.CompletedProcess([], 1, "", "Traceback:\nModuleNotFoundError: 'tyro'\n")
+    monkeypatch.setattr(training_runs.subprocess, "run", lambda command, **options: done)
+    with pytest.raises(RunFailed, match="exit code 1: Traceback: ModuleNotFoundError: 'tyro'"):
+        training_runs.offers_cuda_graph()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,8 @@
 """An image is a function of the seed and of its number, however it is drawn."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -54,6 +57,23 @@ def test_64_images_in_one_four_and_64_calls_have_the_same_bits(net):
             for first in range(0, 64, size)
         ]
         assert torch.equal(torch.cat(parts), whole)
+
+
+def test_a_sampler_and_its_buffers_are_freed_without_the_collector(net):
+    """sample_images drops its graphs so; the collector may run inside another's capture."""
+    sampler = df.Sampler(net, PROC, steps=2, batch_size=3)
+    sampler(3, y=torch.arange(3))
+    alive = [
+        weakref.ref(sampler),
+        weakref.ref(sampler._x),
+        *map(weakref.ref, sampler._steps.values()),
+    ]
+    gc.disable()
+    try:
+        del sampler
+        assert [ref() for ref in alive] == [None] * 4
+    finally:
+        gc.enable()
 
 
 def test_a_sampler_can_be_called_again_with_and_without_classes():

@@ -1,9 +1,15 @@
 """The training step: parts of a batch, steps that are not finite, compiling, memory."""
 
+import gc
+import weakref
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from ddpm_fast.data import open_images
+from ddpm_fast.graphs import CapturedCall
 from ddpm_fast.train import setup
 from ddpm_fast.train.config import TrainConfig
 from ddpm_fast.train.memory import largest_part_that_fits
@@ -98,6 +104,63 @@ def test_a_captured_step_would_find_every_buffer_where_it_was():
     for number in range(2):
         step(number)
     assert [t.data_ptr() for t in (*kept, *step.parameters)] == before
+
+
+def test_a_step_and_its_net_are_freed_without_the_collector():
+    """The collector may run inside another's capture, and a graph freed there invalidates it."""
+    step = build()
+    step(0)
+    alive = [weakref.ref(step), weakref.ref(step.net), weakref.ref(step.call)]
+    gc.disable()
+    try:
+        del step
+        assert [ref() for ref in alive] == [None] * 3
+    finally:
+        gc.enable()
+
+
+def test_cudnn_tries_its_algorithms_unless_the_same_bits_are_wanted(monkeypatch):
+    cudnn, cuda = torch.backends.cudnn, torch.device("cuda")
+    before = cudnn.benchmark, cudnn.deterministic
+    for name, value in zip(("benchmark", "deterministic"), before, strict=True):
+        monkeypatch.setattr(cudnn, name, value)  # and back at the end
+    setup.choose_algorithms(torch.device("cpu"), deterministic=True)
+    assert (cudnn.benchmark, cudnn.deterministic) == before
+    setup.choose_algorithms(cuda, deterministic=False)
+    assert (cudnn.benchmark, cudnn.deterministic) == (True, False)
+    setup.choose_algorithms(cuda, deterministic=True)
+    assert (cudnn.benchmark, cudnn.deterministic) == (False, True)
+    setup.choose_algorithms(cuda, deterministic=False)  # asked for by the caller
+    assert (cudnn.benchmark, cudnn.deterministic) == (False, True)
+    cudnn.deterministic = False
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    setup.choose_algorithms(cuda, deterministic=False)
+    assert not cudnn.benchmark
+
+
+@pytest.mark.parametrize("flag", ["on", "off"])
+def test_gradients_are_shared_in_the_stream_of_the_capture_if_there_is_one(flag, monkeypatch):
+    step, entered = build(cuda_graph=flag), []
+
+    @contextmanager
+    def stream(value):
+        entered.append(value)
+        yield
+
+    step.call = CapturedCall(
+        step._run, torch.device("cuda"), why_not=None if flag == "on" else "--cuda-graph off"
+    )
+    fake = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: fake)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: fake)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    made = []
+    monkeypatch.setattr(
+        setup, "DistributedDataParallel", lambda net, **options: made.append(list(entered))
+    )
+    setup._shared(step)
+    assert made == [[fake] if flag == "on" else []]
 
 
 def test_the_largest_part_that_fits_is_found_by_trying(monkeypatch):

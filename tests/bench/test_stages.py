@@ -1,0 +1,200 @@
+"""Stages of the GPU suite: one kernel's error is its own, killed tests leave what they found."""
+
+import json
+import os
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bench import failures, kernel_rows, model_rows, outcomes, stages
+from bench.ceilings import Ceilings
+from bench.failures import DeviceLost
+from bench.models import Setup
+from bench.results import DEVICE_LOST, SUITE, Results, read_json, write_json
+from bench.subjects import Subject
+from ddpm_fast import kernels
+from ddpm_fast.kernels.dropout import SPEC
+
+CPU, CEILINGS = torch.device("cpu"), Ceilings(copy_gb_s=10.0, matmul_tflop_s=0.1)
+
+
+@pytest.fixture
+def results(tmp_path):
+    write_json(tmp_path / SUITE, {"stages": {"ceilings": dict(copy_gb_s=1.0, matmul_tflop_s=1.0)}})
+    return Results(tmp_path / "stage.json", "kernels", 1000.0)
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """The cases that run_kernels measures, of kernels a to c with two cases each; b's fail."""
+    seen = []
+
+    def measure(results, spec, case, *_):
+        seen.append(f"{spec.name}{case.name}")
+        if spec.name == "b":
+            raise RuntimeError("CUDA error:\nillegal")
+        results.add(seen[-1], impl="ours", ms=1.0)
+
+    cases = [SimpleNamespace(name=name, small=False) for name in "12"]
+    specs = [SimpleNamespace(name=name, cases=cases) for name in "abc"]
+    monkeypatch.setattr(kernels, "SPECS", specs)
+    monkeypatch.setattr(stages, "_measure_case", measure)
+    return seen
+
+
+def test_a_kernel_that_fails_is_told_and_the_others_go_on(results, measured):
+    with pytest.raises(stages.StageFailed, match="b 1 ours: fails: RuntimeError: CUDA error: il"):
+        stages.run_kernels(results, CPU, dry_run=False)
+    assert measured == ["a1", "b1", "c1", "a2", "b2", "c2"]
+
+
+def test_after_a_lost_device_another_process_goes_on_behind_that_kernel(
+    results, measured, monkeypatch
+):
+    monkeypatch.setattr(stages, "is_lost", lambda device: True)
+    with pytest.raises(DeviceLost, match="b 1"):
+        stages.run_kernels(results, CPU, dry_run=False)
+    assert measured == ["a1", "b1"]
+    measured.clear()
+    again = Results(results.path, "kernels", 1000.0)
+    again.put(**results.data)
+    with pytest.raises(stages.StageFailed, match="^b 1 ours: fails"):
+        stages.run_kernels(again, CPU, dry_run=False)
+    assert measured == ["c1", "a2", "c2"]
+    assert [row["name"] for row in again.rows] == ["a1", "b 1 ours", "c1", "a2", "c2"]
+
+
+def test_a_stage_goes_on_after_the_rows_it_has_and_its_imports_count(tmp_path, monkeypatch):
+    def run(results, device, dry_run):
+        left_s.append(results.left_s())
+        results.add("second")
+        raise DeviceLost("second")
+
+    left_s = []
+    write_json(tmp_path / "kernels.json", {"rows": [{"name": "first"}], "lost": ["x"], "next": 2})
+    monkeypatch.setattr(stages, "run_kernels", run)
+    command = ["kernels", "--out", str(tmp_path), "--seconds", "100", "--dry-run", "--go-on"]
+    started = f"{time.monotonic() - 30:.3f}"
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)  # and back at the end
+    assert stages.main([*command, "--started", started]) == DEVICE_LOST
+    found = read_json(tmp_path / "kernels.json")
+    assert [row["name"] for row in found["rows"]] == ["first", "second"] and found["next"] == 2
+    assert left_s[0] == pytest.approx(100 - 30 - stages.MARGIN_S, abs=3)
+
+
+def test_a_lost_device_is_one_that_fails_at_the_next_call_too(monkeypatch):
+    def synchronize(device):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    assert not failures.is_lost(CPU)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    assert not failures.is_lost(torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    assert failures.is_lost(torch.device("cuda"))
+
+
+def test_a_pass_stops_where_one_of_its_subjects_loses_the_device(monkeypatch):
+    def broken(**inputs):
+        raise RuntimeError("illegal access")
+
+    values = next(case.values for case in SPEC.cases if case.small)
+    subjects = [Subject("ours", broken, 1.0), Subject("eager", SPEC.reference, 1.0)]
+    arguments = (SPEC, subjects, values, CPU, torch.float32, "forward", CEILINGS)
+    rows = kernel_rows.compare(*arguments, seconds=0.01)
+    assert rows[0]["why_not"] == "fails: RuntimeError: illegal access" and rows[1]["ms"] > 0
+    monkeypatch.setattr(kernel_rows, "is_lost", lambda device: True)
+    with pytest.raises(RuntimeError, match="illegal"):
+        kernel_rows.compare(*arguments, seconds=0.01)
+
+
+def test_a_model_that_loses_the_device_has_its_row_and_is_not_measured_again(results, monkeypatch):
+    setups = [Setup(net=net, bf16=False, recompute="nonsense") for net in ("ours", "ours")]
+    setups[1] = Setup(net="original", bf16=False)
+    monkeypatch.setattr(model_rows, "MEMORY", setups)
+    monkeypatch.setattr(model_rows, "is_lost", lambda device: True)
+    with pytest.raises(DeviceLost):
+        model_rows.measure_memory(results, CPU, CEILINGS, dry_run=True)
+    assert [row["why_not"][:5] for row in results.rows] == ["fails"]
+    model_rows.measure_memory(results, CPU, CEILINGS, dry_run=True)
+    assert len(results.rows) == 2 and results.rows[1]["ms"] > 0
+
+
+def test_what_is_not_installed_is_the_first_row(results, monkeypatch):
+    measure = stages.bench_ceilings.measure
+    monkeypatch.setattr(
+        stages.bench_ceilings, "measure", lambda device, tiny: measure(device, tiny=True)
+    )
+    have = stages.find_spec
+    monkeypatch.setattr(
+        stages, "find_spec", lambda name: None if name in ("tyro", "pynvml") else have("json")
+    )
+    stages.run_ceilings(results, CPU, dry_run=True)
+    assert results.rows[0] == {"name": "packages", "found": "missing: tyro, nvidia-ml-py"}
+
+
+TESTS = """
+import pytest
+
+def test_good(): pass
+def test_bad(): assert 1 == 2
+@pytest.mark.skip
+def test_not_here(): pass
+@pytest.fixture
+def broken():
+    yield
+    raise OSError("full")
+def test_breaks_later(broken): pass
+"""
+
+
+def test_outcomes_are_in_the_file_as_they_come(tmp_path):
+    (tmp_path / "test_some.py").write_text(TESTS)
+    (tmp_path / "test_bad_import.py").write_text("import nothing_of_that_name")
+    path = tmp_path / "outcomes.jsonl"
+    flags = ["-p", "no:cacheprovider", "-p", "no:terminal", "--rootdir", str(tmp_path)]
+    flags += ["--continue-on-collection-errors", "--import-mode=importlib", "-c", os.devnull]
+    pytest.main([*flags, str(tmp_path)], plugins=[outcomes.Recorder(path)])
+    with open(path, "a") as file:
+        file.write('{"name": "cut sh')
+    found = outcomes.read(path)
+    assert {name.rpartition("::")[2] or name: row["outcome"] for name, row in found.items()} == {
+        "test_bad_import.py": "failed", "test_good": "passed", "test_bad": "failed",
+        "test_not_here": "skipped", "test_breaks_later": "failed",
+    }  # fmt: skip
+    why = {name.rpartition("::")[2]: row["why"] for name, row in found.items()}
+    assert why["test_bad"] == "assert 1 == 2" and why["test_breaks_later"] == "OSError: full"
+
+
+def test_tests_that_do_not_stop_when_interrupted_are_killed_and_counted(results, monkeypatch):
+    monkeypatch.setattr(stages, "GRACE_S", 0.2)
+    monkeypatch.setattr(stages, "NOTE_S", 0.05)
+    lines = [dict(name=f"t{i}", outcome="passed", why="") for i in range(3)]
+    lines.append(dict(name="t9", outcome="failed", why="no"))
+    code = (
+        "import os, signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN);"
+        f"open(os.environ[{outcomes.VARIABLE!r}], 'w').write({''.join(map(lines_of, lines))!r});"
+        "time.sleep(60)"
+    )
+    run = stages._run_or_interrupt
+    monkeypatch.setattr(
+        stages, "_run_or_interrupt",
+        lambda command, seconds, environ, note: run(
+            [sys.executable, "-c", code], 1.0, environ, note
+        ),
+    )  # fmt: skip
+    start = time.monotonic()
+    with pytest.raises(stages.StageFailed):
+        stages.run_tests(results, CPU, dry_run=True)
+    assert time.monotonic() - start < 10
+    assert results.rows == [
+        {"name": "pytest -m gpu", "found": "3 passed, 1 failed, 0 skipped, exit code -9"},
+        {"name": "t9", "found": "no"},
+    ]
+
+
+def lines_of(row):
+    return json.dumps(row) + "\n"
