@@ -26,28 +26,45 @@ class EMA:
         self.decay, self.warmup, self.updates = decay, warmup, 0
         self.net = copy.deepcopy(net).float().eval().requires_grad_(False)
         self._average = list(self.net.parameters())
+        state = self.net.state_dict()
+        self._copied = {name: b for name, b in self.net.named_buffers() if name in state}
 
     def decay_at(self, update: int) -> float:
         """The decay of the update-th update, counted from 1."""
         return min(self.decay, (1 + update) / (10 + update)) if self.warmup else self.decay
 
+    @property
     def next_weight(self) -> float:
-        """Count an update; the share of the new weights in it, for who does it elsewhere."""
-        self.updates += 1
-        return 1 - self.decay_at(self.updates)
+        """The share of the new weights in the next update."""
+        return 1 - self.decay_at(self.updates + 1)
 
     @torch.no_grad()
-    def update(self, net: nn.Module) -> None:
-        """Move the averages towards `net`'s weights."""
+    def update(self, net: nn.Module, applied: Tensor | None = None) -> None:
+        """Move the averages towards `net`'s weights, and count that.
+
+        applied  () bool on the net's device, read there: False leaves the averages as they are
+        """
         weights = [w.float() for w in net.parameters()]
-        torch._foreach_lerp_(self._average, weights, self.next_weight())
-        self.copy_buffers(net)
+        if applied is None:
+            torch._foreach_lerp_(self._average, weights, self.next_weight)
+        else:  # three passes where a number on the host takes one
+            steps = torch._foreach_sub(weights, self._average)
+            torch._foreach_mul_(steps, applied * self.next_weight)
+            torch._foreach_add_(self._average, steps)
+        self.count_update(net)
 
     @torch.no_grad()
-    def copy_buffers(self, net: nn.Module) -> None:
-        """Take over what is not averaged, such as batch norm's running statistics."""
-        for mine, theirs in zip(self.net.buffers(), net.buffers(), strict=True):
-            mine.copy_(theirs)
+    def count_update(self, net: nn.Module) -> None:
+        """All of an update but the averages, for who moves them elsewhere.
+
+        Batch norm's running statistics are taken over, not averaged.
+        """
+        self.updates += 1
+        theirs = dict(net.named_buffers())
+        if missing := self._copied.keys() - theirs.keys():
+            raise ValueError(f"net lacks the buffers {sorted(missing)} of the averaged one")
+        for name, mine in self._copied.items():
+            mine.copy_(theirs[name])
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averaged weights, under the net's own names."""

@@ -34,7 +34,8 @@ class TrainStep:
     loss, grad_norm  () fp32: the last step's
     healthy          () bool: all steps were finite, or skipped;  skipped  () int64: how many were
     These stay on the device until somebody reads them. A step whose loss or gradient is not finite
-    changes no weight; unless such steps are skipped (config.on_nan), no later one does either.
+    changes no weight nor running statistic. Where such steps are skipped (config.on_nan) it changes
+    no average either; where not, no later step changes a weight.
     """
 
     def __init__(
@@ -56,6 +57,8 @@ class TrainStep:
         self.forward: Callable[..., Tensor] = net  # or what setup.wrap_net makes of it
         self.compiled = False
         self.parameters = list(net.parameters())
+        norms = [m for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        self._statistics = [statistic for norm in norms for statistic in norm.buffers()]
         device = batches.device
         self.rng = torch.tensor([config.seed, 0, 0], device=device)  # seed, step, first_index
         self.loss = torch.zeros((), device=device)
@@ -81,15 +84,17 @@ class TrainStep:
         self._set_learning_rate(self.learning_rate(step))
         due = (step + 1) % self.config.ema_update_rate == 0
         if self._averages_itself:
-            self._ema_weights.fill_(self.ema.next_weight() if due else 0.0)
+            self._ema_weights.fill_(self.ema.next_weight if due else 0.0)
         self.call()
         if due and self._averages_itself:
-            self.ema.copy_buffers(self.net)
-        elif due:
-            self.ema.update(self.net)  # not captured: its decay changes
+            self.ema.count_update(self.net)
+        elif due:  # not captured: its decay changes
+            skips = self.config.on_nan == "skip"
+            self.ema.update(self.net, self._refused == 0 if skips else None)
 
     def _run(self) -> None:
         """The step as a function of the buffers."""
+        before = [statistic.clone() for statistic in self._statistics]
         self.optimizer.zero_grad(set_to_none=True)
         self.loss.zero_()
         self._forward_times.clear()
@@ -103,6 +108,8 @@ class TrainStep:
             self._update_in_one_pass()
         else:
             self._update()
+        for statistic, old in zip(self._statistics, before, strict=True):
+            statistic.copy_(torch.where(self._refused == 0, statistic, old))
 
     def _update(self) -> None:
         """Clip and update by torch's own kernels."""
@@ -126,6 +133,7 @@ class TrainStep:
         )
         self.grad_norm.copy_(self.optimizer.grad_norm)
         self._judge(self.optimizer.applied != 0)
+        self._refused.copy_(self.optimizer.applied == 0)
 
     def backward(self, rows: slice) -> None:
         """Add a part of the batch's share of the loss and of the gradients."""

@@ -28,14 +28,15 @@ def build(**changes) -> TrainStep:
 
 
 def state_of(step: TrainStep) -> list[torch.Tensor]:
-    """Copies of weights, averages and moments."""
+    """Copies of weights, averages, moments and running statistics."""
     moments = [value for state in step.optimizer.state.values() for value in state.values()]
-    return [t.detach().clone() for t in (*step.parameters, *moments, *step.ema.net.parameters())]
+    kept = (*step.net.state_dict().values(), *step.ema.state_dict().values(), *moments)
+    return [t.detach().clone() for t in kept]
 
 
 def poison(step: TrainStep, monkeypatch) -> None:
-    """The net's output is NaN from now on."""
-    monkeypatch.setattr(step, "forward", lambda x, t, y: step.net(x, t, y) * float("nan"))
+    """The net is given NaN from now on."""
+    monkeypatch.setattr(step, "forward", lambda x, t, y: step.net(x * float("nan"), t, y))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -83,9 +84,13 @@ def test_a_step_that_is_not_finite_changes_no_weight_and_stops_all_later_ones(
     assert all(torch.equal(a, b) for a, b in zip(before, step.parameters, strict=True))
 
 
+@pytest.mark.parametrize("norm", ["gn", "bn"])
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "adamw-one-pass"])
-def test_a_skipped_step_leaves_weights_and_moments_and_training_goes_on(optimizer, monkeypatch):
-    step = build(on_nan="skip", ema_warmup=False, ema_decay=0.0, optimizer=optimizer)
+def test_a_skipped_step_leaves_all_state_as_it_was_and_training_goes_on(
+    optimizer, norm, monkeypatch
+):
+    """Weights, moments, averages, and batch norm's statistics."""
+    step = build(on_nan="skip", ema_warmup=False, ema_decay=0.9, optimizer=optimizer, norm=norm)
     step(0)
     before = state_of(step)
     with monkeypatch.context() as patch:
@@ -95,6 +100,23 @@ def test_a_skipped_step_leaves_weights_and_moments_and_training_goes_on(optimize
     step(2)
     assert step.healthy and int(step.skipped) == 1 and step.loss.isfinite()
     assert any(not torch.equal(a, b) for a, b in zip(before, state_of(step), strict=True))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw-one-pass"])
+def test_a_step_that_failed_and_is_taken_again_counts_once_in_the_average(optimizer):
+    """As after a compilation that failed."""
+    step = build(optimizer=optimizer)
+    original = step.call
+
+    def fail():
+        raise RuntimeError
+
+    step.call = fail
+    with pytest.raises(RuntimeError):
+        step(0)
+    step.call = original
+    step(0)
+    assert step.ema.updates == 1
 
 
 def test_a_captured_step_would_find_every_buffer_where_it_was():
