@@ -8,6 +8,7 @@ algorithm, and so other roundings, at another size.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -44,6 +45,8 @@ def sample_images(
     channels: int | None = None,
     batch_size: int = 64,
     y: Tensor | None = None,
+    guidance: float = 1.0,
+    null_class: int | None = None,
     recompute_eps: bool = True,
     seed: int = 0,
     first_index: int = 0,
@@ -63,6 +66,8 @@ def sample_images(
     clip          clamp each x_0 estimate to [-1, 1];  recompute_eps  see ops.posterior_step
     image_size    pixels; None: the net's own;  channels  None: the net's own
     y             (N,) int64 classes, for a net that has them
+    guidance      classifier-free: eps = u + guidance (eps(x, t, y) - u), u = eps(x, t, null_class),
+                  the class that the net was trained to take for none; 1: eps(x, t, y) alone
     seed          with first_index + i it names image i, whatever the batches
     x_T           (N, C, H, W) to start from instead of counted noise
     device        None: that of the net's parameters, else of x_T, else the CPU
@@ -70,15 +75,15 @@ def sample_images(
     on_step       called after each step of each batch
     returns       (N, C, H, W) fp32, clamped to [-1, 1] when clip
     raises        ValueError naming the value and what is allowed
-    source        Ho et al. 2020, algorithm 2; Song et al. 2020, eq. 12
+    source        Ho et al. 2020, algorithm 2; Song et al. 2020, eq. 12; Ho & Salimans 2022, eq. 6
 
     Called again and again for one net, a :class:`Sampler` saves the preparation.
     """
     draw = Sampler(
         net, proc, sampler=sampler, steps=steps, eta=eta, spacing=spacing, variance=variance,
-        clip=clip, batch_size=batch_size, recompute_eps=recompute_eps,
-        shape=_image_shape(net, x_T, image_size, channels), device=_device(net, x_T, device),
-        dtype=dtype,
+        clip=clip, batch_size=batch_size, guidance=guidance, null_class=null_class,
+        recompute_eps=recompute_eps, shape=_image_shape(net, x_T, image_size, channels),
+        device=_device(net, x_T, device), dtype=dtype,
     )  # fmt: skip
     return draw(num_images, y=y, seed=seed, first_index=first_index, x_T=x_T, on_step=on_step)
 
@@ -105,6 +110,8 @@ class Sampler:
         variance: str = "fixed_large",
         clip: bool = True,
         batch_size: int = 64,
+        guidance: float = 1.0,
+        null_class: int | None = None,
         recompute_eps: bool = True,
         shape: tuple[int, int, int] | None = None,
         device: torch.device | str | None = None,
@@ -112,13 +119,20 @@ class Sampler:
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
+        if not math.isfinite(guidance):
+            raise ValueError(f"guidance={guidance} must be finite")
+        if (guidance != 1) != (null_class is not None):
+            raise ValueError(
+                f"guidance={guidance} with null_class={null_class}: a guidance other than 1 needs "
+                "the class that stands for none, and only it does"
+            )
         self.times = _timesteps(proc, sampler, steps, spacing, variance, eta)
         self.net, self.batch_size, self.clip = _in_dtype(net, dtype), batch_size, clip
         self.shape = _image_shape(net, None, None, None) if shape is None else shape
         self.device = device = _device(net, None, device)
         self._update = {
             "eta": eta if sampler == "ddim" else None, "variance": variance, "clip": clip,
-            "recompute_eps": recompute_eps,
+            "recompute_eps": recompute_eps, "guidance": guidance,
         }  # fmt: skip
         self._table = proc.table(device)
         self._visited = torch.tensor([*self.times, -1], device=device)
@@ -132,6 +146,7 @@ class Sampler:
         self._dtype = dtype or torch.float32
         self._input = self._x if dtype is None else self._x.to(dtype)  # what the net sees
         self._y = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self._null = None if null_class is None else torch.full_like(self._y, null_class)
         self._steps = {
             has_classes: CapturedCall(step, device)
             for has_classes, step in ((False, self._step), (True, self._step_of_classes))
@@ -155,6 +170,8 @@ class Sampler:
                 raise ValueError(
                     f"{name} has {given.shape[0]} rows, must be num_images={num_images}"
                 )
+        if self._null is not None and y is None:
+            raise ValueError("guidance is between classes and none: give y, (N,) int64")
         images = torch.empty((num_images, *self.shape), device=self.device)
         with torch.inference_mode(), _eval_mode(self.net):
             self._seed.fill_(seed)
@@ -198,17 +215,22 @@ class Sampler:
         """One step of the batch as a function of the buffers."""
         t, t_prev = self._visited[self._at], self._visited[self._at + 1]  # (1,)
         times = t.expand(self.batch_size).contiguous()
-        eps = self.net(self._input, times, *y)
-        if eps.untyped_storage().data_ptr() == self._x.untyped_storage().data_ptr():
-            eps = eps.clone()  # a net that returns what it was given
+        eps = self._predicted(times, *y)
+        u = None if self._null is None else self._predicted(times, self._null)
         low_precision = self._input is not self._x
         ops.posterior_step(
-            self._x, eps, t[0], self._table, t_prev=t_prev[0], seed=self._seed, step=t[0],
-            first_index=self._first_index, copy_dtype=self._dtype if low_precision else None,
+            self._x, eps, t[0], self._table, t_prev=t_prev[0], unconditional=u, seed=self._seed,
+            step=t[0], first_index=self._first_index,
+            copy_dtype=self._dtype if low_precision else None,
             out=(self._x, self._x_0, self._input) if low_precision else (self._x, self._x_0),
             **self._update,
         )  # fmt: skip
         self._at += 1
+
+    def _predicted(self, times: Tensor, *y: Tensor) -> Tensor:
+        eps = self.net(self._input, times, *y)
+        given = eps.untyped_storage().data_ptr() == self._x.untyped_storage().data_ptr()
+        return eps.clone() if given else eps  # a net that returns what it was given
 
 
 def _timesteps(

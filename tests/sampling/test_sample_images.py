@@ -48,6 +48,32 @@ def test_the_same_batch_size_gives_the_same_bits_for_any_split(net, variant):
     assert len({row.sum().item() for row in whole}) == 7
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_guidance_is_the_net_that_mixes_the_two_predictions(net, variant):
+    def mixed(x, t, y):
+        eps, u = net(x, t, y), net(x, t, torch.full_like(y, 9))
+        return u + 3 * (eps - u)
+
+    guided = draw(net, guidance=3.0, null_class=9, **variant)
+    expected = draw(mixed, image_size=8, channels=1, **variant)
+    torch.testing.assert_close(guided, expected, rtol=0, atol=1e-5)
+    assert not torch.allclose(guided, draw(net, **variant), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"guidance": float("inf"), "null_class": 9}, "guidance=inf must be finite"),
+        ({"guidance": 2.0}, "guidance=2.0 with null_class=None: a guidance other than 1 needs"),
+        ({"null_class": 9}, "guidance=1.0 with null_class=9"),
+        ({"guidance": 2.0, "null_class": 9, "y": None}, "guidance is between classes and none"),
+    ],
+)
+def test_half_a_guidance_is_refused(net, changes, message):
+    with pytest.raises(ValueError, match=message):
+        draw(net, **changes)
+
+
 def test_64_images_in_one_four_and_64_calls_have_the_same_bits(net):
     whole = draw(net, 64, sampler="ddpm", batch_size=16)
     for calls in (4, 64):
