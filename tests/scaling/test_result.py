@@ -43,6 +43,9 @@ def test_a_result_that_breaks_the_schema_is_not_written(tmp_path, result):
         (lambda r: r.update(backward_share=1.5), "backward_share: is 1.5, must be at most 1"),
         (lambda r: r["model"].update(fits=3), "model.fits: is 3, must be of type array"),
         (lambda r: r["predicted"][0].update(label="measured"), r"predicted\[0\].label"),
+        (lambda r: r["machine"].update(links=[["X"]], p2p=[[True, True]] * 2, devices=["a"] * 2),
+         "machine.links: has rows of 1, must be empty or 2 rows of 2, as machine.devices"),
+        (lambda r: r["machine"].update(p2p=[[True]]), "machine.p2p: has rows of 1, must be empty"),
     ],
 )  # fmt: skip
 def test_a_broken_file_is_refused_with_its_name_and_the_field(tmp_path, predicted, change, said):
@@ -97,10 +100,13 @@ def test_a_number_that_is_not_finite_is_no_number():
 def test_the_csv_has_a_line_a_row_and_labels_predictions(tmp_path, predicted):
     results.write_csv(tmp_path / "r.csv", predicted)
     rows = list(csv.DictReader((tmp_path / "r.csv").open()))
-    assert [row["label"] for row in rows] == ["measured"] * 3 + ["PREDICTED"] * 3
+    labels = ["measured"] * 3 + ["PREDICTED"] * 3 + ["all-reduce"] * 4
+    assert [row["label"] for row in rows] == labels
     assert float(rows[1]["images_per_s_per_rank"]) == 180
     assert float(rows[1]["peak_gib"]) == 0.51
     assert rows[3]["peak_gib"] == ""
+    assert (rows[-1]["world_size"], rows[-1]["bytes"]) == ("2", "4448576")
+    assert float(rows[-1]["bus_gbytes_per_s"]) == pytest.approx(0.978, abs=1e-3)
 
 
 def test_the_legacy_view_has_the_originals_names(result):
