@@ -22,10 +22,10 @@ import torch
 import torch.distributed as dist
 
 from ddpm_fast.monitoring import host
+from ddpm_fast.monitoring.devices import nvml_uuid
 from ddpm_fast.monitoring.monitor import EnergyMeter
 from ddpm_fast.scaling.alpha_beta import bucket_sizes
 from ddpm_fast.scaling.ddp_step import DdpStep
-from ddpm_fast.scaling.machine import nvml_uuid
 
 WARM_UP_STEPS = 3  # at least; DDP builds the buckets that it keeps before the third
 REPEATS = 5  # of each all-reduce and of each part; the median counts
