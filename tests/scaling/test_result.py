@@ -113,7 +113,7 @@ def test_the_legacy_view_has_the_originals_names(result):
     view = legacy_view(result)
     side = {"total_time_seconds", "avg_batch_time_seconds", "throughput_samples_per_second",
             "total_samples", "total_steps", "avg_loss", "loss_std", "gpu_count", "device_ids",
-            "memory_history"}  # fmt: skip
+            "memory_history", "total_time_minutes"}  # fmt: skip
     assert set(view) == {"benchmark_timestamp", "single_gpu", "multi_gpu", "speedup_analysis"}
     assert set(view["single_gpu"]) == set(view["multi_gpu"]) == side
     assert view["multi_gpu"]["device_ids"] == [0, 1]
@@ -121,6 +121,22 @@ def test_the_legacy_view_has_the_originals_names(result):
     speedup = view["speedup_analysis"]
     assert speedup["throughput_speedup"] == pytest.approx(1.8)
     assert speedup["efficiency_per_gpu"] == pytest.approx(0.9)
+
+
+def test_the_legacy_views_memory_is_a_dict_a_sample_as_the_originals(result):
+    history = legacy_view(result)["multi_gpu"]["memory_history"]
+    assert history == [
+        {"gpu_0": {"memory_allocated_gb": gib, "memory_reserved_gb": None, "max_memory_gb": 0.5},
+         "total_memory_gb": gib, "step": step} for step, gib in enumerate((2.2, 2.3))
+    ]  # fmt: skip
+    sample = dict(result["samples"][2])
+    result["samples"] = [sample | {"device": f"GPU {i}", "memory_gib": 10.0 + i} for i in (0, 1)]
+    for rank in result["rows"][1]["peak_memory"]:
+        rank |= {"allocated_gib": 8.0 + rank["rank"], "reserved_gib": 9.0}
+    (entry,) = legacy_view(result)["multi_gpu"]["memory_history"]
+    assert entry["gpu_1"] == {
+        "memory_allocated_gb": 11.0, "memory_reserved_gb": 9.0, "max_memory_gb": 9.0}  # fmt: skip
+    assert entry["total_memory_gb"] == 21.0
 
 
 def test_a_legacy_view_of_one_rank_leaves_the_other_side_open(result):
@@ -137,6 +153,16 @@ def test_only_rows_beyond_both_intervals_are_called_faster_or_slower(result):
         for name in ("images_per_s", "images_per_s_low", "images_per_s_high"):
             row[name] *= factor
     assert [pair.verdict for pair in pairs(result, other)] == ["same", "faster", "slower"]
+
+
+def test_a_change_within_either_interval_is_none(result):
+    import copy
+
+    other = copy.deepcopy(result)
+    for row, factor in zip(other["rows"], (1.015, 0.985, 1.0), strict=True):
+        for name in ("images_per_s", "images_per_s_low", "images_per_s_high"):
+            row[name] *= factor
+    assert [pair.verdict for pair in pairs(result, other)] == ["same"] * 3
 
 
 def test_what_differs_besides_speed_is_said(result):
