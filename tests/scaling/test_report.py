@@ -6,7 +6,7 @@ import re
 import pytest
 from rich.console import Console
 
-from ddpm_fast.scaling import report
+from ddpm_fast.scaling import plots, report
 from ddpm_fast.scaling.export import export
 from ddpm_fast.scaling.topology import link_lines
 from ddpm_fast.scaling.verdict import losses, verdict
@@ -192,6 +192,29 @@ def test_all_files_are_written_and_the_page_needs_no_other(tmp_path, predicted):
     assert not re.search(r'(src|href)="(?!data:)', page)
     for path in tmp_path.glob("*.png"):
         assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
+
+
+def test_memory_over_time_is_drawn_at_every_sample(result):
+    from matplotlib.figure import Figure
+
+    result["samples"] += [{**sample, "device": "GPU 0"} for sample in result["samples"][:2]]
+    axes = Figure().subplots()
+    assert plots._memory(result, axes)
+    gpu, machine = axes.get_lines()
+    assert list(machine.get_xdata()) == [0, 1, 2, 3]
+    assert list(machine.get_ydata()) == pytest.approx([2.0, 2.1, 2.2, 2.3])
+    assert list(gpu.get_xdata()) == [0, 1] and gpu.get_label() == "GPU 0"
+
+
+def test_throughput_is_drawn_beside_the_ideal(predicted):
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    assert plots._throughput(predicted, axes)
+    lines = {line.get_label(): line for line in axes.get_lines()}
+    assert list(lines["weak, measured"].get_ydata()) == [200, 360]
+    assert list(lines["weak, PREDICTED"].get_xdata()) == [2, 8, 64]
+    assert list(lines["ideal"].get_ydata()) == pytest.approx([200, 64 * 200])
 
 
 def test_a_result_without_rows_or_samples_exports_too(tmp_path, result):
