@@ -192,8 +192,8 @@ def _print_ranks(result: dict[str, Any], console: Console, narrow: bool) -> None
     reserved = any(
         rank["reserved_gib"] is not None for row in result["rows"] for rank in row["peak_memory"]
     )
-    heads = [f"peak memory of every rank{' (reserved)' if reserved else ''}, GiB", "skew"]
-    heads.append("J/image")
+    what = "peak memory of every rank" + " (reserved)" * reserved
+    heads = [f"{what}, GiB", "skew", "J/image"]
     cells = []
     for row in result["rows"]:
         shown = " ".join(_memory(memory_of(rank)) for rank in row["peak_memory"])
@@ -255,8 +255,13 @@ def _print_lines(
     console.print()
     _say(console, title, "bold")
     for row, values in zip(rows, cells, strict=True):
-        shown = ", ".join(f"{head} {value}" for head, value in zip(heads, values, strict=True))
-        _say(console, f"{count(row['world_size'], word)} ({row['mode']}): {shown}")
+        label = f", {row['label']}" if "label" in row else ""  # said first, not as an interval
+        shown = ", ".join(
+            f"{head} {value}"
+            for head, value in zip(heads, values, strict=True)
+            if value != row.get("label")
+        )
+        _say(console, f"{count(row['world_size'], word)} ({row['mode']}){label}: {shown}")
 
 
 def _print_model(result: dict[str, Any], console: Console) -> None:

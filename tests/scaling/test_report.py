@@ -33,6 +33,7 @@ def test_a_narrow_terminal_gets_every_word_and_figure_in_lines(predicted, width)
     assert max(map(len, text.splitlines())) <= width
     words = " ".join(text.split())
     assert "efficiency 90 %" in words and "PREDICTED" in words and "───" not in text
+    assert "64 processes (weak), PREDICTED: img/s " in words
 
 
 def test_a_terminal_without_unicode_gets_ascii_bars(predicted):
