@@ -179,7 +179,7 @@ def _bar(share: float, measured: bool, console: Console) -> str:
 
 
 def _print_split(result: dict[str, Any], console: Console, narrow: bool) -> None:
-    title = "A step's time, ms: exposed and overlapped (an estimate) are communication"
+    title = "A step of the median window, ms: exposed and overlapped (an estimate) communication"
     heads = ["step", *PARTS.values()]
     cells = [
         [f"{row['step_ms']:.1f}", *(f"{row['split_ms'][part]:.1f}" for part in PARTS)]
