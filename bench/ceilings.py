@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -23,6 +25,29 @@ class Ceilings:
     def floor_ms(self, bytes_moved: int, flops: int) -> float:
         """The least time for these bytes and floating-point operations."""
         return max(bytes_moved / self.copy_gb_s / 1e6, flops / self.matmul_tflop_s / 1e9)
+
+    def percent_of_floor(self, rates: Mapping[str, Any]) -> float:
+        """Of a row with gb_s, and tflop_s where it is of products: the larger share is the floor's.
+
+        floor_ms / ms, as bytes / ms is gb_s.
+        """
+        shares = rates["gb_s"] / self.copy_gb_s, rates.get("tflop_s", 0) / self.matmul_tflop_s
+        return round(100 * max(shares), 1)
+
+    def larger(self, other: Ceilings) -> Ceilings:
+        """What two measurements found at most: a ceiling taken at a bad moment is too low."""
+        return Ceilings(
+            copy_gb_s=max(self.copy_gb_s, other.copy_gb_s),
+            matmul_tflop_s=max(self.matmul_tflop_s, other.matmul_tflop_s),
+        )
+
+
+MOST_PERCENT = 105.0  # of the floor; beyond, the ceiling was taken too low, or a cache helped
+
+
+def is_above(percent: float | None) -> bool:
+    """Whether a percentage of the floor is more than noise of the ceiling explains."""
+    return percent is not None and percent > MOST_PERCENT
 
 
 def measure(device: torch.device, *, tiny: bool = False) -> tuple[Ceilings, list[dict]]:

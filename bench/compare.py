@@ -25,6 +25,7 @@ from bench.timing import Samples
 
 LOW, HIGH = 0.1, 0.9  # quantiles; a file without samples has quartiles only
 FILE_WIDTH = 120  # columns, where the output is no terminal
+NAME_WIDTH = 24  # columns that a row's name needs to be read
 STYLES = {"slower": "bold red", "faster": "green", "": ""}
 
 
@@ -114,6 +115,17 @@ def table(pairs: Iterable[Pair], threshold_percent: float) -> Table:
             pair.a.name, _time(pair.a.median_s), _time(pair.b.median_s), f"{pair.ratio:.3f}",
             f"{low:.2f} to {high:.2f}", verdict, style=STYLES[verdict],
         )  # fmt: skip
+    return found
+
+
+def lines(pairs: Iterable[Pair], threshold_percent: float) -> list[tuple[str, str]]:
+    """What the table says and its style, a row each, where it has no room."""
+    found = []
+    for pair in pairs:
+        verdict, (low, high) = pair.verdict(threshold_percent), pair.interval
+        times = f"{_time(pair.a.median_s)} to {_time(pair.b.median_s)}"
+        text = f"{pair.a.name}: {times}, B / A {pair.ratio:.3f} ({low:.2f} to {high:.2f})"
+        found.append((f"{text} {verdict}".rstrip(), STYLES[verdict]))
     return found
 
 
@@ -216,7 +228,14 @@ def _show(console: Console, a: Run, b: Run, threshold_percent: float) -> int:
         console.print(line, style=style, markup=False, highlight=False)
 
     pairs = [Pair(row, b.rows[name]) for name, row in a.rows.items() if name in b.rows]
-    console.print(table(pairs, threshold_percent))
+    shown = table(pairs, threshold_percent)
+    columns = console.measure(shown, options=console.options.update(max_width=10_000)).maximum
+    names = max(len(pair.a.name) for pair in pairs)
+    if columns - names + min(names, NAME_WIDTH) <= console.width:
+        console.print(shown)
+    else:
+        for line, style in lines(pairs, threshold_percent):
+            say(line, style)
     for line in differences(a, b):
         say(line)
     for label, one, other in (("A", a, b), ("B", b, a)):

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from ddpm_fast.monitoring.devices import nvml_uuid
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "triton", "numpy", "ddpm-fast", "diffusers", "liger-kernel")
@@ -68,7 +71,7 @@ def clocks() -> dict[str, Any] | None:
     except Exception:  # any of the library's errors means that there is nothing to read
         return None
     try:
-        gpu = nvml.nvmlDeviceGetHandleByIndex(0)
+        gpu = _first_gpu(nvml)
         return {
             "driver": nvml.nvmlSystemGetDriverVersion(),
             "sm_mhz": nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_SM),
@@ -81,6 +84,22 @@ def clocks() -> dict[str, Any] | None:
         return None
     finally:
         nvml.nvmlShutdown()
+
+
+def _first_gpu(nvml: Any) -> Any:
+    """torch's first GPU, which is measured; NVML counts all of the machine, by their place in it.
+
+    Where torch does not use the GPU yet it is not asked, as that would take memory on it beside
+    what is measured.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        uuid = nvml_uuid(torch.cuda.get_device_properties(0).uuid)
+        return nvml.nvmlDeviceGetHandleByUUID(uuid)
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "").partition(",")[0].strip()
+    if first.startswith("GPU-"):
+        return nvml.nvmlDeviceGetHandleByUUID(first)
+    return nvml.nvmlDeviceGetHandleByIndex(int(first) if first.isdigit() else 0)
 
 
 def _or_none(nvml: Any, query: Callable[[Any], int], gpu: Any) -> int | None:

@@ -67,9 +67,9 @@ def figures(
     """Rates and how near the median is to the floor of the same run: 100 is at it."""
     moved, flops = bytes_of(spec, values, dtype, which), flops_of(spec, values, which)
     ms = samples.median_ms
-    found = {"gb_s": round(moved / ms / 1e6, 1)}
+    found = {"gb_s": float(f"{moved / ms / 1e6:.4g}")}
     if flops:
-        found["tflop_s"] = round(flops / ms / 1e9, 2)
+        found["tflop_s"] = float(f"{flops / ms / 1e9:.4g}")
     return found | {"percent_of_floor": round(100 * ceilings.floor_ms(moved, flops) / ms, 1)}
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bench.ceilings import MOST_PERCENT, is_above
 from bench.report_data import BadResults, Comparison, DryRun, Row, Suite, comparisons, load, short
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -61,10 +62,11 @@ def sections(suite: Suite) -> list[Section]:
 
 _FLOOR = (
     "MFU: of the matrix product's rate in the same run. Floor: products at that rate, then norms"
-    " and optimizer at the copy's."
+    f" and optimizer at the copy's. (!): above {MOST_PERCENT:.0f} %, so that floor is too low."
 )
 _KERNELS = (
     "Floor: the larger of least bytes and operations at the ceilings of the same run, L2-cold."
+    f" (!): above {MOST_PERCENT:.0f} %, so the ceiling was taken too low, or a cache helped."
 )
 _MODEL_COLUMNS: dict[str, Callable[[Row], str]] = {
     "what": lambda row: f"{row['what']}, {row['preset']}, {row['batch']}",
@@ -72,7 +74,7 @@ _MODEL_COLUMNS: dict[str, Callable[[Row], str]] = {
     "ms": lambda row: f"{row['ms']:.4g} ({row['ms_q20']:.4g} to {row['ms_q80']:.4g})",
     "img/s": lambda row: short(row["images_per_s"]),
     "MFU %": lambda row: _number(row, "mfu_percent", ".1f"),
-    "% of floor": lambda row: _number(row, "percent_of_floor", ".1f"),
+    "% of floor": lambda row: _percent_of_floor(row, ".1f"),
     "peak GiB": lambda row: _number(row, "peak_gib", ".2f"),
     "parity": lambda row: row["parity"].removeprefix("green: "),
 }
@@ -147,7 +149,7 @@ def _kernel_cells(rows: Sequence[Row]) -> list[list[str]]:
         eager, compiled = (by_impl.pop(impl, {}) for impl in ("eager", "compiled"))
         peer = min(by_impl.values(), key=lambda row: row["ms"], default={})
         shown = f"{_speedup(peer)} {peer['impl']}" if peer else "-"
-        floor = _number(ours, "percent_of_floor", ".0f")
+        floor = _percent_of_floor(ours, ".0f")
         cells.append([name, f"{ours['ms']:.4g}", floor, _speedup(eager), _speedup(compiled), shown])
     return cells
 
@@ -163,6 +165,11 @@ def _speedup(row: Row) -> str:
 
 def _number(row: Row, name: str, form: str) -> str:
     return format(row[name], form) if isinstance(row.get(name), int | float) else "-"
+
+
+def _percent_of_floor(row: Row, form: str) -> str:
+    shown = _number(row, "percent_of_floor", form)
+    return f"{shown} (!)" if shown != "-" and is_above(row["percent_of_floor"]) else shown
 
 
 def _escaped(cell: str) -> str:

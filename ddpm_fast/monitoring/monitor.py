@@ -14,7 +14,7 @@ import contextlib
 import statistics
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from types import ModuleType
@@ -40,20 +40,23 @@ class Sample:
     memory_mhz: float | None = None
 
 
+Devices = Mapping[int, str] | Sequence[int | str]
+
 MEASURES = ("utilisation", "memory_gib", "watts", "celsius", "sm_mhz", "memory_mhz")
 
 
 class Monitor:
     """Samples while the context is open.
 
-    devices     NVML's numbers or UUIDs of GPUs; None: all
+    devices     UUIDs of GPUs by the number that a sample calls them, as torch's; or NVML's numbers
+                or UUIDs in order; None: all; empty: none, as when the processors do the work
     interval_s  between samples, or more where sampling is slow
     nvml        the pynvml module, for tests
     """
 
     def __init__(
         self,
-        devices: Sequence[int | str] | None = None,
+        devices: Devices | None = None,
         *,
         interval_s: float = 0.5,
         nvml: ModuleType | None = None,
@@ -71,7 +74,10 @@ class Monitor:
 
     def __enter__(self) -> Monitor:
         try:
-            self._reader = NvmlReader(self._devices, self._nvml)
+            if self._devices is not None and not self._devices:
+                self.why_not = "GPUs are not monitored: none is used"
+            else:
+                self._reader = NvmlReader(self._devices, self._nvml)
         except Exception as error:  # no package, no driver, no GPU: whatever NVML's reason is
             self.why_not = f"GPUs are not monitored: {_reason(error)}"
         self._started = time.perf_counter()
@@ -136,19 +142,18 @@ class Monitor:
 class NvmlReader:
     """Reads GPUs through nvidia-ml-py; any of its errors when made means there is none."""
 
-    def __init__(
-        self, devices: Sequence[int | str] | None = None, nvml: ModuleType | None = None
-    ) -> None:
+    def __init__(self, devices: Devices | None = None, nvml: ModuleType | None = None) -> None:
         if nvml is None:
             import pynvml as nvml
         self.nvml = nvml
         nvml.nvmlInit()
         try:
-            numbers = range(nvml.nvmlDeviceGetCount()) if devices is None else devices
-            handles = [_handle(nvml, device) for device in numbers]
-            if not handles:
+            if devices is None:
+                devices = range(nvml.nvmlDeviceGetCount())
+            named = devices if isinstance(devices, Mapping) else dict(enumerate(devices))
+            if not named:
                 raise LookupError("NVML knows no GPU")
-            self.handles = {f"GPU {i}": handle for i, handle in enumerate(handles)}
+            self.handles = {f"GPU {i}": _handle(nvml, device) for i, device in named.items()}
         except Exception:
             nvml.nvmlShutdown()
             raise

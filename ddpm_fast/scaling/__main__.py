@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ddpm_fast.arguments import run_command
+from ddpm_fast.errors import UsageError
 from ddpm_fast.scaling.options import PROG, parse_options, paths_of
 
 if TYPE_CHECKING:
@@ -65,15 +66,22 @@ def _show(argv: Sequence[str]) -> int:
 
 
 def _compare(argv: Sequence[str]) -> int:
-    """Two results' rows; 1 if anything got slower beyond both intervals."""
-    from ddpm_fast.scaling.compare import differences, pairs
+    """Two results' rows; 1 if any got slower beyond both intervals, or was lost."""
+    from ddpm_fast.scaling.compare import differences, not_comparable, only_in, pairs
     from ddpm_fast.scaling.result import read
 
-    a, b = (read(Path(path)) for path in paths_of("compare", argv, 2))
+    paths = paths_of("compare", argv, 2, ["--force"])
+    a, b = (read(Path(path)) for path in paths)
+    apart = not_comparable(a, b)
+    if apart and "--force" not in argv:
+        raise UsageError(
+            f"{paths[0]} and {paths[1]} are of different work or machines ({'; '.join(apart)}); "
+            "allowed: runs alike in these, or --force"
+        )
     console = _console()
     for line in differences(a, b):
         console.print(f"differs: {line}", markup=False)
-    found = pairs(a, b)
+    found, lost = pairs(a, b), only_in(a, b)
     for pair in found:
         console.print(
             f"{pair.mode:<6} N={pair.world_size:<4} {pair.a:>8,.0f} -> {pair.b:>8,.0f} img/s "
@@ -83,7 +91,10 @@ def _compare(argv: Sequence[str]) -> int:
         )
     if not found:
         console.print("no row is in both")
-    return int(any(pair.verdict == "slower" for pair in found))
+    for path, rows in ((paths[0], lost), (paths[1], only_in(b, a))):
+        if rows:
+            console.print(f"only in {path}: {', '.join(rows)}", markup=False)
+    return int(bool(lost) or any(pair.verdict == "slower" for pair in found))
 
 
 def _claim(argv: Sequence[str]) -> int:

@@ -81,12 +81,12 @@ def bucket_sizes(
 ) -> list[int]:
     """Bytes of each bucket in the order in which they become ready.
 
-    gradient_bytes  of each parameter, in the order of the net; they are ready in reverse
-    A bucket is closed when it has reached its cap, as DDP's first assignment does.
+    gradient_bytes  of each parameter, in the order in which a backward pass makes them
+    A bucket is closed when it has reached its cap, as those that DDP builds after its warm-up.
     """
     sizes: list[int] = []
     filled = 0
-    for size in reversed(gradient_bytes):
+    for size in gradient_bytes:
         filled += size
         if filled >= (cap if sizes else first):
             sizes.append(filled)
@@ -101,6 +101,8 @@ def exposed_seconds(
 
     bucket_s  each bucket's all-reduce;  ready_s  when its gradients are there, from 0 at the start
               of the backward pass. For equal ranks exact: end = max(ready, end before) + time.
+    A bound often quoted, max(t_last, t_all - T_backward (1 - S_last / S)), has the last bucket
+    where this has the first, with which communication begins: they differ by those two's sizes.
     """
     end = 0.0
     for seconds, ready in zip(bucket_s, ready_s, strict=True):

@@ -45,13 +45,32 @@ def pairs(a: dict[str, Any], b: dict[str, Any]) -> list[Pair]:
     return out
 
 
+def only_in(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    """ "weak N=8" for each row of A that B lacks."""
+    others = {(row["mode"], row["world_size"]) for row in b["rows"]}
+    keys = [(row["mode"], row["world_size"]) for row in a["rows"]]
+    return [f"{mode} N={n}" for mode, n in keys if (mode, n) not in others]
+
+
+def not_comparable(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    """What differs so that one run says nothing of the other: the work, or the machine."""
+    lines = [f"{name}: {a[name]} and {b[name]}" for name in SAME if a[name] != b[name]]
+    for name in ("cpu", "cores", "devices"):
+        old, new = a["machine"][name], b["machine"][name]
+        if old != new:
+            lines.append(f"machine.{name}: {_short(old)} and {_short(new)}")
+    return lines
+
+
+def _short(value: Any) -> str:
+    if not isinstance(value, list):
+        return str(value)
+    return "; ".join(f"{value.count(name)} x {name}" for name in dict.fromkeys(value)) or "none"
+
+
 def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     """Lines on what besides speed differs, and so may explain it."""
-    lines = [f"{name}: {a[name]} and {b[name]}" for name in SAME if a[name] != b[name]]
-    if a["machine"]["devices"] != b["machine"]["devices"] or (
-        a["machine"]["cpu"] != b["machine"]["cpu"]
-    ):
-        lines.append("the machines")
+    lines = not_comparable(a, b)
     for name in sorted({*a["versions"], *b["versions"]}):
         old, new = a["versions"].get(name, "none"), b["versions"].get(name, "none")
         if old != new:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -67,13 +67,13 @@ class DdpStep:
         rows = torch.arange(first, first + self.batch, device=self.device) % RESIDENT_IMAGES
         return self.images[rows]
 
-    def loss(self, x_0: Tensor, forward: Any = None) -> Tensor:
+    def loss(self, x_0: Tensor) -> Tensor:
         seed, step, first_index = self.counters.unbind()
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
         on_gpu = self.device.type == "cuda"
         with autocast:
             return self.proc.loss(
-                forward or self.forward, x_0, seed=seed, step=step, first_index=first_index,
+                self.forward, x_0, seed=seed, step=step, first_index=first_index,
                 memory_format=torch.channels_last if on_gpu else torch.contiguous_format,
             )  # fmt: skip
 
@@ -99,12 +99,36 @@ class DdpStep:
 
     def alone(self) -> None:
         """A whole step without communication; the ranks' weights go apart, which no time shows."""
-        if self.ddp is None:
-            return self.synced()
-        with self.ddp.no_sync():
+        with self.unsynced():
             self.gradients()
         self.update()
         self.step += 1
+
+    def unsynced(self) -> AbstractContextManager:
+        """Within it, gradients stay the rank's own."""
+        return self.ddp.no_sync() if self.ddp else nullcontext()
+
+    def forward_pass(self) -> None:
+        """Images and loss as in a step, with all that a backward pass would need."""
+        with self.unsynced():
+            self.loss(self.load())
+
+    def arrival_bytes(self) -> list[int]:
+        """Bytes of each gradient in the order in which a backward pass makes them.
+
+        By that order DDP fills the buckets that it builds before its third step.
+        """
+        sizes: list[int] = []
+
+        def note(parameter: Tensor) -> None:
+            sizes.append(parameter.numel() * parameter.element_size())
+
+        hooks = [p.register_post_accumulate_grad_hook(note) for p in self.parameters]
+        with self.unsynced():
+            self.gradients()
+        for hook in hooks:
+            hook.remove()
+        return sizes
 
     def wait(self) -> None:
         """Until the device has done all it was given."""

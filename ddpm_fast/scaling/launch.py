@@ -57,7 +57,7 @@ def run_world(
     on_poll(_new_events(folder, seen)[0])
     if late:
         return [_failure(world_size, None, f"took longer than --time-limit {time_limit:.0f} s")]
-    return failures(folder, world_size) if process.returncode else []
+    return failures(folder, world_size, process.returncode) if process.returncode else []
 
 
 def read_ranks(folder: Path, world_size: int) -> list[dict[str, Any]]:
@@ -66,7 +66,7 @@ def read_ranks(folder: Path, world_size: int) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in paths if path.exists()]
 
 
-def failures(folder: Path, world_size: int) -> list[dict[str, Any]]:
+def failures(folder: Path, world_size: int, returncode: int = 1) -> list[dict[str, Any]]:
     """Who died and why, after torchrun has failed; the first to die first where that is known.
 
     A rank that raised has left a message; of one that was killed torchrun's log has the number.
@@ -89,6 +89,9 @@ def failures(folder: Path, world_size: int) -> list[dict[str, Any]]:
             found.append((path.stat().st_mtime, _failure(world_size, rank, path.read_text())))
     if found:
         return [failure for _, failure in sorted(found, key=lambda pair: pair[0])]
+    if returncode < 0:
+        name = signal.Signals(-returncode).name
+        return [_failure(world_size, None, f"torchrun was killed by {name}")]
     lines = log.strip().splitlines() or ["nothing in its log"]
     return [_failure(world_size, None, f"torchrun failed: {lines[-1]}")]
 
@@ -116,7 +119,8 @@ def _started(
                 except subprocess.TimeoutExpired:
                     process.kill()
                     process.wait()
-                    _kill_workers(folder)  # torchrun gives each a session of its own
+            if process.returncode:
+                _kill_workers(folder)  # each in a session of its own, they outlive torchrun
 
 
 def _kill_workers(folder: Path) -> None:

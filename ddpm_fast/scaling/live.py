@@ -59,6 +59,8 @@ class LiveView:
             text += f": {event['images_per_s']:.0f} img/s"
             if not self._live:
                 self.console.print(f"{text} (window {event['window']})")
+        elif not self._live:
+            self.console.print(text)
         self._show(text)
 
     def refresh(self, samples: list[Sample]) -> None:
@@ -73,12 +75,12 @@ class LiveView:
 def _table(samples: list[Sample]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("device")
-    for name in ("busy", "memory", "power", "temperature", "clock"):
+    for name in ("busy", "memory", "power", "temperature", "clock", "memory clock"):
         table.add_column(name, justify="right")
     for sample in samples:
         values = ((sample.utilisation, "{:.0f} %"), (sample.memory_gib, "{:.1f} GiB"),
                   (sample.watts, "{:.0f} W"), (sample.celsius, "{:.0f} C"),
-                  (sample.sm_mhz, "{:.0f} MHz"))  # fmt: skip
+                  (sample.sm_mhz, "{:.0f} MHz"), (sample.memory_mhz, "{:.0f} MHz"))  # fmt: skip
         shown = ["-" if value is None else form.format(value) for value, form in values]
         table.add_row(sample.device, *shown)
     return table

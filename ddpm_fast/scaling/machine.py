@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from ddpm_fast.monitoring import host
+from ddpm_fast.monitoring.devices import visible_gpus
 
 # nvmlGpuTopologyLevel_t -> what nvidia-smi topo -m calls it
 LEVELS = {0: "SELF", 10: "PIX", 20: "PXB", 30: "PHB", 40: "NODE", 50: "SYS"}
@@ -36,15 +37,8 @@ def describe(*, gpus: bool) -> dict[str, Any]:
         with contextlib.suppress(Exception):  # without NVML there is no topology to show
             import pynvml
 
-            found["driver"], found["links"] = topology(
-                pynvml, [f"GPU-{p.uuid}" for p in properties]
-            )
+            found["driver"], found["links"] = topology(pynvml, list(visible_gpus(count).values()))
     return found
-
-
-def nvml_uuid(uuid: Any) -> str:
-    """torch's UUID of a GPU as NVML writes it."""
-    return f"GPU-{str(uuid).removeprefix('GPU-')}"
 
 
 def topology(nvml: ModuleType, uuids: list[str]) -> tuple[str, list[list[str]]]:

@@ -14,39 +14,58 @@ from rich.console import Console
 
 from ddpm_fast.errors import UsageError
 from ddpm_fast.monitoring import host
+from ddpm_fast.monitoring.devices import visible_gpus
 from ddpm_fast.monitoring.monitor import Monitor
 from ddpm_fast.scaling.assemble import add_predictions, measured_parts
 from ddpm_fast.scaling.interconnects import interconnect_of
 from ddpm_fast.scaling.launch import read_ranks, run_world
 from ddpm_fast.scaling.live import LiveView
 from ddpm_fast.scaling.machine import describe, versions
-from ddpm_fast.scaling.options import ScalingOptions, check_divides
+from ddpm_fast.scaling.options import ScalingOptions, check_divides, dividing
 from ddpm_fast.scaling.result import SCHEMA, rank_word
 
 MOST_SAMPLES = 2000  # kept in a result
 
 
-def choose_worlds(options: ScalingOptions) -> list[int]:
-    """World sizes in order; UsageError where the machine has fewer GPUs. Never CPU unasked."""
-    if options.backend == "gloo":
-        return sorted(set(options.gpus)) or powers_of_two(host.cores())
+def choose_worlds(options: ScalingOptions, notes: list[str] | None = None) -> list[int]:
+    """World sizes in order; UsageError where the machine has fewer GPUs. Never CPU unasked.
+
+    notes  takes a line on the default sizes that were left out; one that was named is an error
+    """
+    count = host.cores() if options.backend == "gloo" else _gpus()
+    asked = sorted(set(options.gpus))
+    if options.backend != "gloo" and (not count or max(asked, default=1) > count):
+        raise UsageError(_too_few(asked, count))
+    if asked:
+        check_divides(options, asked)
+        return asked
+    worlds, note = dividing(options, powers_of_two(count))
+    if note and notes is not None:
+        notes.append(note)
+    return worlds
+
+
+def _gpus() -> int:
     import torch
 
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    worlds = sorted(set(options.gpus)) or powers_of_two(count)
-    if not worlds or max(worlds) > count:
-        more = _listed([n for n in worlds if n > count] or [8])
-        given = f"--gpus {_listed(worlds)}" if worlds else "--backend nccl"
-        if count:
-            has = f"{count} CUDA GPU{'s' * (count > 1)}"
-            use = f"--gpus {_listed(powers_of_two(count))} --predict {more}"
-        else:
-            has, use = "no CUDA GPU", f"--backend gloo --gpus 1,2 --predict {more} (CPU processes)"
-        raise UsageError(
-            f"{given}: this machine has {has} that torch {torch.__version__} can use; allowed "
-            f"here, predicting what cannot be measured: {use}"
-        )
-    return worlds
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _too_few(asked: list[int], count: int) -> str:
+    """What is there, and what may be asked for instead: sizes of more than one are PREDICTED."""
+    import torch
+
+    more = _listed([n for n in asked if n > max(1, count)] or [8])
+    given = f"--gpus {_listed(asked)}" if asked else "--backend nccl"
+    if count:
+        has = f"{count} CUDA GPU{'s' * (count > 1)}"
+        use = f"--gpus {_listed(powers_of_two(count))} --predict {more}"
+    else:
+        has, use = "no CUDA GPU", f"--backend gloo --gpus 1,2 --predict {more} (CPU processes)"
+    return (
+        f"{given}: this machine has {has} that torch {torch.__version__} can use; allowed here, "
+        f"predicting what cannot be measured: {use}"
+    )
 
 
 def powers_of_two(count: int) -> list[int]:
@@ -61,22 +80,20 @@ def _listed(numbers: list[int]) -> str:
 def measure(options: ScalingOptions, console: Console) -> dict[str, Any]:
     """Measure every world size; after a failure what was measured before is in the result."""
     started = time.monotonic()
-    worlds = choose_worlds(options)
-    check_divides(options, worlds)
+    notes: list[str] = []
+    worlds = choose_worlds(options, notes)
     gloo = options.backend == "gloo"
-    result = _header(options, gloo)
+    result = _header(options, gloo) | {"notes": notes}
     threads = max(1, host.cores() // max(worlds)) if gloo else None
     if gloo:
-        result["notes"].append(
+        notes.append(
             f"ranks are CPU processes of {threads} thread{'s' * (threads > 1)} each; "
             "their scaling says nothing of GPUs"
         )
         if max(worlds) > host.cores():
-            result["notes"].append(f"more processes than this machine's {host.cores()} cores")
+            notes.append(f"more processes than this machine's {host.cores()} cores")
     if hasattr(os, "getloadavg") and (load := os.getloadavg()[0]) > host.cores() / 2:
-        result["notes"].append(
-            f"the machine was busy before: a load of {load:.1f} on {host.cores()} cores"
-        )
+        notes.append(f"the machine was busy before: a load of {load:.1f} on {host.cores()} cores")
     ranks: list[list[dict[str, Any]]] = []
     windows = sum(len(_batches(options, n)) for n in worlds) * options.windows
     with (
@@ -87,7 +104,7 @@ def measure(options: ScalingOptions, console: Console) -> dict[str, Any]:
             view.world(n)
             folder = Path(work) / f"world-{n}"
             offset = time.monotonic() - started
-            with Monitor([] if gloo else None) as monitor:
+            with Monitor({} if gloo else visible_gpus(range(n))) as monitor:
 
                 def on_poll(events, monitor=monitor):
                     for event in events:
@@ -98,14 +115,16 @@ def measure(options: ScalingOptions, console: Console) -> dict[str, Any]:
                     folder, _spec(options, n, worlds), n, time_limit=options.time_limit,
                     threads=threads, on_poll=on_poll,
                 )  # fmt: skip
-            if monitor.why_not and not gloo and monitor.why_not not in result["notes"]:
-                result["notes"].append(monitor.why_not)
+            if monitor.why_not and not gloo and monitor.why_not not in notes:
+                notes.append(monitor.why_not)
             for sample in monitor.samples:
                 row = {**asdict(sample), "seconds": sample.seconds + offset, "world_size": n}
                 result["samples"].append(row)
             ranks.append(read_ranks(folder, n))
             result["failures"] += found
             if found:
+                if skipped := [m for m in worlds if m > n]:
+                    notes.append(f"not measured after the failure: N = {_listed(skipped)}")
                 break
     result |= measured_parts(ranks, options.strong_batch)
     every = -(-len(result["samples"]) // MOST_SAMPLES)
@@ -133,7 +152,7 @@ def _header(options: ScalingOptions, gloo: bool) -> dict[str, Any]:
         "global_batch": options.strong_batch,
         "versions": versions(),
         "machine": describe(gpus=not gloo),
-        "model": None, "predicted": [], "failures": [], "samples": [], "notes": [],
+        "model": None, "predicted": [], "failures": [], "samples": [],
     }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -25,7 +26,7 @@ class ScalingOptions:
     """
 
     gpus: tuple[int, ...] = ()
-    """how many, as 1,2,4,8; none: powers of two up to all"""
+    """how many, as 1,2,4,8; none: powers of two up to all, as far as they divide the batch"""
     backend: Literal["nccl", "gloo"] = "nccl"
     """nccl: GPUs; gloo: as many CPU processes, which say nothing of GPUs"""
     preset: str | None = None
@@ -109,14 +110,35 @@ def parse_options(argv: Sequence[str]) -> ScalingOptions:
 def check_divides(options: ScalingOptions, worlds: Sequence[int]) -> None:
     """UsageError for a strong batch that a world size does not divide."""
     total = options.strong_batch
-    for n in worlds:
-        if total % n:
-            near = [size for size in (total - total % n, total + n - total % n) if size]
-            raise UsageError(
-                f"--{'global-batch' if options.global_batch else 'batch-size'} {total} is the "
-                f"strong rows' whole batch and must be divisible by each of --gpus: by {n} it is "
-                f"not; {' and '.join(map(str, near))} are"
-            )
+    odd = [n for n in worlds if total % n]
+    if odd:
+        raise UsageError(
+            f"--{_batch_flag(options)} {total} is the strong rows' whole batch and must be "
+            f"divisible by each of --gpus: by {odd[0]} it is not; {batches_near(total, worlds)}"
+        )
+
+
+def dividing(options: ScalingOptions, worlds: Sequence[int]) -> tuple[list[int], str]:
+    """Those of the default world sizes that divide the strong batch, and a note on the others."""
+    total = options.strong_batch
+    odd = [n for n in worlds if total % n]
+    if not odd:
+        return list(worlds), ""
+    return [n for n in worlds if n not in odd], (
+        f"N = {', '.join(map(str, odd))} left out: the strong rows' {total} images cannot be "
+        f"divided by it; with --{_batch_flag(options)} {batches_near(total, worlds)}"
+    )
+
+
+def batches_near(total: int, worlds: Sequence[int]) -> str:
+    """ "12 and 18 are": the nearest batches that all world sizes divide."""
+    unit = math.lcm(*worlds)
+    near = [size for size in (total - total % unit, total + unit - total % unit) if size]
+    return f"{' and '.join(map(str, near))} {'are' if len(near) > 1 else 'is'}"
+
+
+def _batch_flag(options: ScalingOptions) -> str:
+    return "global-batch" if options.global_batch else "batch-size"
 
 
 def paths_of(verb: str, argv: Sequence[str], count: int, flags: Sequence[str] = ()) -> list[str]:

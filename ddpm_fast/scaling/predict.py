@@ -1,11 +1,12 @@
 """From measured rows to a model of the step, and from the model to rows that were not measured.
 
 T_n(b) = data + optimizer + slowdown * straggler(n) * compute(b) + exposed communication(n, b)
+E_n(b) = T_1(b) / T_n(b), both the model's: a measured T_1 would add the model's error to E.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,20 +22,22 @@ from ddpm_fast.scaling.alpha_beta import (
     ready_times,
     straggler_factor,
 )
-from ddpm_fast.scaling.interconnects import Interconnect
+from ddpm_fast.scaling.interconnects import INTERCONNECTS, Interconnect, interconnect_of
 from ddpm_fast.scaling.result import base_row
 from ddpm_fast.scaling.simulate import simulate_step
 
 MOST_SIMULATED = 64  # ranks: beyond, a ring's messages take minutes
-SEEDS = 4  # simulated steps, each with other stragglers
+SIMULATED_RANKS = 512  # in all steps together; each step has other stragglers
+LEAST_STEPS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepModel:
     """The parts of the formula, each measured unless `assumed` says otherwise.
 
-    compute    (fixed_s, per_image_s) of one rank alone;  slowdown  mean compute of the ranks of
-               the largest measured world over that of one alone: shared cores, memory, power
+    compute    (fixed_s, per_image_s) of one rank alone
+    slowdowns  measured world size -> its slowest rank's compute over that of one alone: shared
+               cores, memory, power
     jitter     standard deviation / mean of a rank's step time
     link       n -> Link
     """
@@ -43,7 +46,7 @@ class StepModel:
     data_s: float
     optimizer_s: float
     backward_share: float
-    slowdown: float
+    slowdowns: Mapping[int, float]
     jitter: float
     buckets: tuple[int, ...]
     link: Callable[[int], Link]
@@ -54,10 +57,18 @@ class StepModel:
     def compute_s(self, batch: float) -> float:
         return self.compute[0] + self.compute[1] * batch
 
-    def step(self, n: int, batch: float, *, slowdown: float | None = None) -> dict[str, float]:
+    def slowdown(self, n: int) -> float:
+        """Of the largest measured world within n, else of the smallest; of one rank 1.
+
+        Less than 1 would be noise that a prediction takes for a gain.
+        """
+        if n == 1 or not self.slowdowns:
+            return 1.0
+        return max(1.0, self.slowdowns[_nearest_within(n, self.slowdowns)])
+
+    def step(self, n: int, batch: float) -> dict[str, float]:
         """Seconds of a step of n ranks with `batch` images each, and of its parts."""
-        slow = 1.0 if n == 1 else self.slowdown if slowdown is None else slowdown
-        compute_s = self.compute_s(batch) * slow * straggler_factor(self.jitter, n)
+        compute_s = self.compute_s(batch) * self.slowdown(n) * straggler_factor(self.jitter, n)
         backward_s = compute_s * self.backward_share
         bucket_s = [0.0] * len(self.buckets)
         if n > 1:
@@ -75,7 +86,7 @@ class StepModel:
         """The same by discrete events with drawn stragglers; None for more ranks than it takes."""
         if n == 1 or n > MOST_SIMULATED:
             return None
-        link, compute_s = self.link(n), self.compute_s(batch) * self.slowdown
+        link, compute_s = self.link(n), self.compute_s(batch) * self.slowdown(n)
         total = sum(self.buckets)
         algorithm = min(
             self.algorithms, key=lambda name: all_reduce_seconds(total, n, link, (name,))
@@ -90,7 +101,7 @@ class StepModel:
                 factors=np.maximum(0.5, rng.normal(1, self.jitter, n)).tolist(),
                 algorithm=algorithm,
             )
-            for _ in range(SEEDS)
+            for _ in range(max(LEAST_STEPS, SIMULATED_RANKS // n))
         ]
         return self.data_s + self.optimizer_s + float(np.mean(seconds))
 
@@ -109,12 +120,29 @@ def fit_links(measured: Sequence[dict[str, Any]]) -> dict[int, LinkFit]:
 
 def extrapolated(fits: dict[int, LinkFit]) -> Callable[[int], Link]:
     """The link fitted at n, else at the nearest smaller world, else at the smallest."""
+    return lambda n: fits[_nearest_within(n, fits)].link
 
-    def link(n: int) -> Link:
-        smaller = [size for size in fits if size <= n]
-        return fits[max(smaller) if smaller else min(fits)].link
 
-    return link
+def with_network(link: Callable[[int], Link], machine: Interconnect) -> Callable[[int], Link]:
+    """A measured link, and beyond one machine of this kind at most what its network carries."""
+
+    def slower(n: int) -> Link:
+        measured, published = link(n), machine.link(n)
+        if n <= machine.gpus:
+            return measured
+        return Link(
+            alpha_s=max(measured.alpha_s, published.alpha_s),
+            beta_bytes_per_s=min(measured.beta_bytes_per_s, machine.network_gbytes_per_s * 1e9),
+            base_s=measured.base_s,
+        )
+
+    return slower
+
+
+def _nearest_within(n: int, sizes: Iterable[int]) -> int:
+    """The largest size up to n, else the smallest."""
+    within = [size for size in sizes if size <= n]
+    return max(within) if within else min(sizes)
 
 
 def make_model(
@@ -124,36 +152,32 @@ def make_model(
 
     preset  an interconnect that takes the place of the measured all-reduces
     """
-    alone = result["compute_alone"]
-    if not result["rows"] or not alone:
+    rows, alone = result["rows"], result["compute_alone"]
+    if not rows or not alone:
         return None, "no model: it needs the smallest world of --gpus to be measured"
     fits = fit_links(result["all_reduce"])
-    assumed: list[str] = []
+    compute = fit_line([r["batch"] for r in alone], [r["seconds"] for r in alone])
+    slowdowns = measured_slowdowns(rows, compute)
     if preset is not None:
         link, source = preset.link, preset.source
-        assumed.append("the interconnect is published figures, not this machine's")
+        assumed = ["the interconnect is published figures, not this machine's"]
     elif fits:
-        link = extrapolated(fits)
+        link, assumed = _measured_link(fits, result)
         source = f"fitted on all-reduces among {' and '.join(map(str, fits))} ranks"
-        assumed.append(f"more than {max(fits)} ranks see the link that {max(fits)} saw")
     else:
         return (
             None,
             "no model: no all-reduce was measured; --interconnect NAME gives published ones",
         )
-    rows, base = result["rows"], result["rows"][0]
-    compute = fit_line([r["batch"] for r in alone], [r["seconds"] for r in alone])
-    slowdowns = measured_slowdowns(rows, compute)
-    if not slowdowns:
-        assumed.append("ranks do not slow each other down: one world size was measured")
+    assumed += [_more_of_the_same(result), *_slowdown_assumed(slowdowns)]
     if len({row["batch"] for row in alone}) < 2:
         assumed.append("compute grows with the batch from 0: one batch size was measured")
     return StepModel(
         compute=compute,
-        data_s=base["split_ms"]["data"] / 1e3,
-        optimizer_s=base["split_ms"]["optimizer"] / 1e3,
+        data_s=rows[0]["split_ms"]["data"] / 1e3,
+        optimizer_s=rows[0]["split_ms"]["optimizer"] / 1e3,
         backward_share=result["backward_share"],
-        slowdown=max(1.0, slowdowns[max(slowdowns)]) if slowdowns else 1.0,
+        slowdowns=slowdowns,
         jitter=result["jitter"],
         buckets=tuple(result["bucket_bytes"]),
         link=link,
@@ -161,6 +185,47 @@ def make_model(
         algorithms=("ring",) if result["backend"] == "gloo" else ("ring", "tree"),
         assumed=tuple(assumed),
     ), ""
+
+
+def _more_of_the_same(result: dict[str, Any]) -> str:
+    if result["kind"] == "gpu":
+        return (
+            "every further GPU is as the measured ones, with as much power, cooling, processor and "
+            "memory for itself"
+        )
+    return (
+        "every further process has a core and memory of its own as the measured ones, as if the "
+        f"machine of {result['machine']['cores']} cores grew with them"
+    )
+
+
+def _slowdown_assumed(slowdowns: Mapping[int, float]) -> list[str]:
+    if not slowdowns:
+        return ["ranks do not slow each other down: one world size was measured"]
+    most = max(slowdowns)
+    return [
+        f"among more than {most} ranks computing is as much slower than alone as among {most}: "
+        f"{max(1.0, slowdowns[most]):.2f} times"
+    ]
+
+
+def _measured_link(
+    fits: dict[int, LinkFit], result: dict[str, Any]
+) -> tuple[Callable[[int], Link], list[str]]:
+    """What was fitted, beyond one machine with the network of its kind; and what that assumes."""
+    link, devices = extrapolated(fits), result["machine"]["devices"]
+    said = [f"more than {max(fits)} ranks see the link that {max(fits)} saw"]
+    name = interconnect_of(devices[0]) if devices and result["kind"] == "gpu" else None
+    if name is None:
+        if result["kind"] == "gpu":
+            said.append("machines are joined by links as fast as those within one")
+        return link, said
+    machine = INTERCONNECTS[name]
+    said.append(
+        f"more than {machine.gpus} GPUs are machines of {machine.gpus} joined by at most "
+        f"{machine.network_gbytes_per_s:g} GB/s ({name}, published)"
+    )
+    return with_network(link, machine), said
 
 
 def measured_slowdowns(
@@ -178,11 +243,10 @@ def measured_slowdowns(
 
 def residuals(model: StepModel, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """(model - measured) / measured step time of each row; fitted and tested on the same run."""
-    slowdowns = measured_slowdowns(rows, model.compute)
     out = []
     for row in rows:
         n, batch = row["world_size"], row["batch_per_rank"]
-        step_ms = model.step(n, batch, slowdown=slowdowns.get(n))["step_s"] * 1e3
+        step_ms = model.step(n, batch)["step_s"] * 1e3
         out.append({
             "mode": row["mode"], "world_size": n, "measured_ms": row["step_ms"],
             "model_ms": step_ms, "relative": step_ms / row["step_ms"] - 1,
@@ -193,7 +257,10 @@ def residuals(model: StepModel, rows: Sequence[dict[str, Any]]) -> list[dict[str
 def predicted_rows(
     model: StepModel, result: dict[str, Any], worlds: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """PREDICTED rows, weak and, where the batch can be divided, strong."""
+    """PREDICTED rows, weak and, where the batch can be divided, strong.
+
+    Speedups are over the model's own step of the world that measured rows are compared with.
+    """
     out = []
     for n in worlds:
         for mode in ("weak", "strong"):
@@ -202,8 +269,9 @@ def predicted_rows(
             if total % n:
                 continue
             parts = model.step(n, total // n)
-            rate = total / parts["step_s"]
-            speedup = rate / base["images_per_s"] * base["world_size"]
+            rate, alone = total / parts["step_s"], base["world_size"]
+            base_s = model.step(alone, base["batch_per_rank"])["step_s"]
+            speedup = rate / (alone * base["batch_per_rank"] / base_s) * alone
             simulated = model.simulated_step_s(n, total // n)
             link = model.link(n)
             out.append({
@@ -214,11 +282,12 @@ def predicted_rows(
                 "communication_ms": parts["communication_s"] * 1e3,
                 "simulated_step_ms": None if simulated is None else simulated * 1e3,
                 "inputs": {
+                    "base_ranks": alone, "base_step_ms": base_s * 1e3,
                     "alpha_us": link.alpha_s * 1e6, "base_us": link.base_s * 1e6,
                     "bus_gbytes_per_s": link.beta_bytes_per_s / 1e9,
                     "compute_fixed_ms": model.compute[0] * 1e3,
                     "compute_ms_per_image": model.compute[1] * 1e3,
-                    "slowdown": model.slowdown, "jitter": model.jitter,
+                    "slowdown": model.slowdown(n), "jitter": model.jitter,
                     "backward_share": model.backward_share,
                 },
             })  # fmt: skip

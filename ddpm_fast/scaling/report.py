@@ -14,7 +14,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ddpm_fast.scaling.result import base_row, memory_of, rank_word
+from ddpm_fast.scaling.doubts import doubts
+from ddpm_fast.scaling.predict import MOST_SIMULATED
+from ddpm_fast.scaling.result import base_row, count, memory_of, rank_word
+from ddpm_fast.scaling.topology import link_lines, link_table
 from ddpm_fast.scaling.verdict import verdict
 
 LEAST_WIDTH = 80  # columns that the tables need
@@ -37,15 +40,16 @@ def show(result: dict[str, Any], console: Console) -> None:
     console.print()
     for mode in ("weak", "strong"):
         rows = mode_rows(result, mode)
-        if len(rows) > 1 or mode == "weak":
+        if len(rows) > 1 or (rows and mode == "weak"):
             _print_throughput(result, mode, rows, console, narrow)
     if result["rows"]:
         _print_split(result, console, narrow)
         _print_ranks(result, console, narrow)
+    _print_all_reduces(result, console)
     _print_model(result, console)
     for failure in result["failures"]:
         _say(console, failure_line(result, failure), "bold red")
-    for note in result["notes"]:
+    for note in [*result["notes"], *doubts(result)]:
         _say(console, f"Note: {note}")
     console.print()
     for number, sentence in enumerate(verdict(result)):
@@ -77,10 +81,6 @@ def mode_rows(result: dict[str, Any], mode: str) -> list[dict[str, Any]]:
     return rows if base in rows else [base, *rows]
 
 
-def count(n: int, word: str) -> str:
-    return f"{n} {word}{'' if n == 1 else 'es' if word.endswith('s') else 's'}"
-
-
 def _head(result: dict[str, Any]) -> Iterable[str]:
     machine, versions = result["machine"], result["versions"]
     what = "GPUs" if result["kind"] == "gpu" else "CPU processes (gloo), NOT GPUs"
@@ -90,10 +90,15 @@ def _head(result: dict[str, Any]) -> Iterable[str]:
     gpus = "; ".join(f"{n} x {name}" for name, n in named.items())
     yield f"  machine   {gpus or 'no GPU used'}"
     yield f"            {machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']:.0f} GiB"
+    parameters = result["parameters"]
+    size = f", {parameters / 1e6:.1f} M parameters" if parameters else ""
     yield (
-        f"  training  {result['preset']}, {result['parameters'] / 1e6:.1f} M parameters, "
-        f"{result['precision']}, batch {result['batch_per_rank']} (weak: each; strong: "
-        f"{result['global_batch']} in all)"
+        f"  training  {result['preset']}{size}, {result['precision']}, batch "
+        f"{result['batch_per_rank']} (weak: each; strong: {result['global_batch']} in all)"
+    )
+    yield (
+        f"  step      {'compiled' if result['compile'] else 'eager'}, not captured as a graph, "
+        "Adam, synthetic images kept on the device"
     )
     made = ", ".join(f"{name} {v}" for name, v in versions.items())
     yield f"  versions  {made}"
@@ -101,17 +106,17 @@ def _head(result: dict[str, Any]) -> Iterable[str]:
 
 
 def _print_links(result: dict[str, Any], console: Console) -> None:
-    links, p2p = result["machine"]["links"], result["machine"]["p2p"]
-    if len(p2p) < 2:
+    """As a matrix, or where that has no room in lines."""
+    machine = result["machine"]
+    if len(machine["p2p"]) < 2:
         return
-    table = _table("links, * with P2P", [f"GPU {i}" for i in range(len(p2p))])
-    for i, able in enumerate(p2p):
-        cells = [
-            (links[i][j] if links else "?") + ("*" if ok and i != j else "")
-            for j, ok in enumerate(able)
-        ]
-        table.add_row(f"GPU {i}", *cells)
-    console.print(table)
+    table = link_table(machine)
+    whole = console.options.update(max_width=10_000)  # a console's own width would be the most
+    if console.measure(table, options=whole).maximum <= console.width:
+        console.print(table)
+        return
+    for number, line in enumerate(link_lines(machine)):
+        _say(console, f"{'  links   ' if number == 0 else ' ' * 10}  {line}", indent=14)
 
 
 def _print_throughput(
@@ -128,7 +133,7 @@ def _print_throughput(
     }[mode]
     predicted = [row for row in result["predicted"] if row["mode"] == mode]
     cells = [_cells(row, console) for row in rows] + [_cells(row, console) for row in predicted]
-    heads = ["img/s", "+- 95 %", f"each {word}", "speedup", "efficiency", "of ideal"]
+    heads = ["img/s", "+- (95 %)", f"each {word}", "speedup", "efficiency", "of ideal"]
     styles = [""] * len(rows) + ["yellow italic"] * len(predicted)
     if narrow:
         _print_lines(title, word, heads, [*rows, *predicted], cells, console)
@@ -152,9 +157,17 @@ def _cells(row: dict[str, Any], console: Console) -> list[str]:
         f"{100 * half / row['images_per_s']:.1f} %" if measured else "PREDICTED",
         f"{row['images_per_s'] / row['world_size']:,.0f}",
         f"{row['speedup']:.2f}x",
-        f"{100 * row['efficiency']:.0f} %",
+        f"{100 * row['efficiency']:.0f} %{_interval(row)}",
         _bar(row["efficiency"], measured, console),
     ]
+
+
+def _interval(row: dict[str, Any]) -> str:
+    """ " (86-94)", of the efficiency; that of the speedup is as many times N."""
+    ends = row.get("efficiency_low"), row.get("efficiency_high")
+    if None in ends or ends[0] == ends[1]:  # a file of before they were kept, or the base
+        return ""
+    return f" ({100 * ends[0]:.0f}-{100 * ends[1]:.0f})"
 
 
 def _bar(share: float, measured: bool, console: Console) -> str:
@@ -166,7 +179,7 @@ def _bar(share: float, measured: bool, console: Console) -> str:
 
 
 def _print_split(result: dict[str, Any], console: Console, narrow: bool) -> None:
-    title = "A step's time, ms: exposed and overlapped (an estimate) are communication"
+    title = "A step of the median window, ms: exposed and overlapped (an estimate) communication"
     heads = ["step", *PARTS.values()]
     cells = [
         [f"{row['step_ms']:.1f}", *(f"{row['split_ms'][part]:.1f}" for part in PARTS)]
@@ -176,11 +189,17 @@ def _print_split(result: dict[str, Any], console: Console, narrow: bool) -> None
 
 
 def _print_ranks(result: dict[str, Any], console: Console, narrow: bool) -> None:
-    heads = ["peak memory of every rank, GiB", "skew", "J/image"]
+    reserved = any(
+        rank["reserved_gib"] is not None for row in result["rows"] for rank in row["peak_memory"]
+    )
+    what = "peak memory of every rank" + " (reserved)" * reserved
+    heads = [f"{what}, GiB", "skew", "J/image"]
     cells = []
     for row in result["rows"]:
-        memory = [memory_of(rank) for rank in row["peak_memory"]]
-        shown = " ".join("?" if gib is None else f"{gib:.2f}" for gib in memory)
+        shown = " ".join(_memory(memory_of(rank)) for rank in row["peak_memory"])
+        if reserved:
+            taken = " ".join(_memory(rank["reserved_gib"]) for rank in row["peak_memory"])
+            shown = f"{shown} ({taken})"
         joules = row["joules_per_image"]
         cells.append([shown, f"{row['skew']:.2f}", "n/a" if joules is None else f"{joules:.3g}"])
     title = "Ranks (skew: slowest over fastest, without communication)"
@@ -188,6 +207,30 @@ def _print_ranks(result: dict[str, Any], console: Console, narrow: bool) -> None
     phases = result["rows"][0]["memory_phases_gib"]
     steps = ", ".join(f"{name} {gib:.2f}" for name, gib in phases.items())
     _say(console, f"Memory of rank 0 alone, GiB after each: {steps}")
+
+
+def _memory(gib: float | None) -> str:
+    return "?" if gib is None else f"{gib:.2f}"
+
+
+def _print_all_reduces(result: dict[str, Any], console: Console) -> None:
+    """Bus bandwidth by size: (S / t) 2 (n - 1) / n, as nccl-tests."""
+    rows = result["all_reduce"]
+    if not rows:
+        return
+    console.print()
+    _say(console, "All-reduces on their own: bus bandwidth by message", "bold")
+    for n in sorted({row["world_size"] for row in rows}):
+        sizes = ", ".join(
+            f"{_bytes(row['bytes'])} {row['bus_gbytes_per_s']:.3g} ({row['seconds'] * 1e6:,.0f} us)"
+            for row in rows
+            if row["world_size"] == n
+        )
+        _say(console, f"  {count(n, rank_word(result))}, GB/s: {sizes}")
+
+
+def _bytes(size: int) -> str:
+    return f"{size / 2**20:.3g} MiB" if size >= 2**20 else f"{size / 2**10:.3g} KiB"
 
 
 def _print_rows(
@@ -212,8 +255,13 @@ def _print_lines(
     console.print()
     _say(console, title, "bold")
     for row, values in zip(rows, cells, strict=True):
-        shown = ", ".join(f"{head} {value}" for head, value in zip(heads, values, strict=True))
-        _say(console, f"{count(row['world_size'], word)} ({row['mode']}): {shown}")
+        label = f", {row['label']}" if "label" in row else ""  # said first, not as an interval
+        shown = ", ".join(
+            f"{head} {value}"
+            for head, value in zip(heads, values, strict=True)
+            if value != row.get("label")
+        )
+        _say(console, f"{count(row['world_size'], word)} ({row['mode']}){label}: {shown}")
 
 
 def _print_model(result: dict[str, Any], console: Console) -> None:
@@ -235,11 +283,18 @@ def _print_model(result: dict[str, Any], console: Console) -> None:
         given = ", ".join(f"{name} {value:.3g}" for name, value in row["inputs"].items())
         _say(console, f"  inputs for N = {row['world_size']}: {given}")
     for row in result["predicted"]:
-        if row["simulated_step_ms"] is not None:
+        simulated = row["simulated_step_ms"]
+        if simulated is not None:
             _say(
                 console,
-                f"  N = {row['world_size']} {row['mode']}: step {row['step_ms']:.1f} ms, simulated "
-                f"with stragglers {row['simulated_step_ms']:.1f} ms",
+                f"  N = {row['world_size']} {row['mode']}: step {row['step_ms']:.1f} ms by the "
+                f"formula, {simulated:.1f} ms simulated message by message; stragglers in both",
+            )
+        elif row["world_size"] > MOST_SIMULATED:
+            _say(
+                console,
+                f"  N = {row['world_size']} {row['mode']}: not simulated, as the messages of more "
+                f"than {MOST_SIMULATED} ranks take minutes",
             )
     _say(console, f"  link: {model['link_source']}")
     for line in model["assumed"]:

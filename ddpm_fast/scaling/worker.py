@@ -22,13 +22,16 @@ import torch
 import torch.distributed as dist
 
 from ddpm_fast.monitoring import host
+from ddpm_fast.monitoring.devices import nvml_uuid
 from ddpm_fast.monitoring.monitor import EnergyMeter
 from ddpm_fast.scaling.alpha_beta import bucket_sizes
 from ddpm_fast.scaling.ddp_step import DdpStep
-from ddpm_fast.scaling.machine import nvml_uuid
 
-WARM_UP_STEPS = 3  # at least; DDP rebuilds its buckets after the first
+WARM_UP_STEPS = 3  # at least; DDP builds the buckets that it keeps before the third
 REPEATS = 5  # of each all-reduce and of each part; the median counts
+ALONE_WINDOWS = 3  # of a batch that is timed without communication only
+STEADY, MOST_WARM_UPS = 0.1, 10  # all-reduces are warm when two windows differ by less
+REDUCE_WINDOW_S, MOST_REDUCES = 0.02, 100  # so that small ones are not timed by threes
 SMALL_BYTES = (4 * 2**10, 64 * 2**10, 2**20)
 TIMEOUT = timedelta(seconds=120)  # a rank that waits for a dead one gives up
 
@@ -54,11 +57,10 @@ class Worker:
         )  # fmt: skip
         self.memory["net"] = self.memory_now()
         self.meter = EnergyMeter(self.uuid()) if self.on_gpu else None
-        sizes = [p.numel() * p.element_size() for p in self.step.parameters]
         self.found: dict[str, Any] = {
             "rank": self.rank, "world_size": self.world_size,
             "parameters": sum(p.numel() for p in self.step.parameters),
-            "bucket_bytes": bucket_sizes(sizes), "phases": {}, "all_reduce": [],
+            "bucket_bytes": [], "phases": {}, "all_reduce": [],
             "compute_alone": [],
         }  # fmt: skip
 
@@ -66,7 +68,9 @@ class Worker:
         return nvml_uuid(torch.cuda.get_device_properties(self.device).uuid)
 
     def run(self) -> None:
-        self.say(what="warming up")
+        self.say(what="warming up" + " and compiling" * self.spec["compile"])
+        self.warm_up(next(iter(self.spec["batches"].values())))
+        self.found["bucket_bytes"] = bucket_sizes(self.step.arrival_bytes())
         if self.world_size > 1:
             self.found["all_reduce"] = self.all_reduces()
             self.write()
@@ -77,9 +81,10 @@ class Worker:
             self.say(what=f"compute alone, batch {batch}")
             self.warm_up(batch)
             count = self.steps_for(self.spec["window_s"])
-            seconds = min(self.window(self.step.alone, count) for _ in range(2)) / count
+            windows = [self.window(self.step.alone, count) for _ in range(ALONE_WINDOWS)]
             parts = self.part_seconds(self.step.load) + self.part_seconds(self.step.update)
-            row = {"batch": batch, "seconds": max(1e-9, seconds - parts)}
+            seconds = statistics.median(windows) / count - parts
+            row = {"batch": batch, "seconds": max(1e-9, seconds)}
             self.found["compute_alone"].append(row)
             self.write()
         self.say(what="done")
@@ -112,7 +117,7 @@ class Worker:
             "alone_window_s": alone,
             "alone_step_s": alone_steps[:200],
             "compute_s": max(1e-9, statistics.median(alone) / count - data_s - optimizer_s),
-            "forward_s": self.part_seconds(lambda: step.loss(step.load(), step.net)) - data_s,
+            "forward_s": self.part_seconds(step.forward_pass) - data_s,
             "data_s": data_s,
             "optimizer_s": optimizer_s,
             "communication_s": self.communication_s(),
@@ -209,18 +214,27 @@ class Worker:
         return rows
 
     def reduce_seconds(self, tensors: list[torch.Tensor]) -> float:
-        """Median over REPEATS, of the slowest rank."""
+        """Median over REPEATS, of the slowest rank, once two windows in turn agree."""
 
         def reduce() -> None:
             for tensor in tensors:
                 dist.all_reduce(tensor)
 
-        for _ in range(2):
-            reduce()
-        times = [self.window(reduce, 3) / 3 for _ in range(REPEATS)]
-        slowest = torch.tensor(statistics.median(times), device=self.device)
-        dist.all_reduce(slowest, dist.ReduceOp.MAX)
-        return float(slowest)
+        before = float("inf")
+        for _ in range(MOST_WARM_UPS):
+            now = self.slowest(self.window(reduce, 3) / 3)  # alike on all ranks, so all go on alike
+            if abs(now / before - 1) < STEADY:
+                break
+            before = now
+        count = max(3, min(MOST_REDUCES, round(REDUCE_WINDOW_S / now)))
+        times = [self.window(reduce, count) / count for _ in range(REPEATS)]
+        return self.slowest(statistics.median(times))
+
+    def slowest(self, seconds: float) -> float:
+        """The most of any rank, on every rank."""
+        most = torch.tensor(seconds, device=self.device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        return float(most)
 
     def memory_now(self, *, peak: bool = False) -> float:
         """GiB: of the GPU's allocator, on CPU of the process."""

@@ -21,6 +21,7 @@ from ddpm_fast.distributed import World, join, rank_device
 from ddpm_fast.errors import UsageError
 from ddpm_fast.images import grid, grid_scale, save_png, to_uint8
 from ddpm_fast.kernels.impl import runs_interpreted
+from ddpm_fast.monitoring.devices import gpus_in_use
 from ddpm_fast.monitoring.monitor import Monitor
 from ddpm_fast.optimizer import load_state_tensors, state_tensors
 from ddpm_fast.train.config import PROG, Invocation
@@ -75,7 +76,7 @@ def _train(invocation: Invocation, device: torch.device, world: World) -> None:
             folder.checkpoints, keep=config.keep_checkpoints, keep_every=config.keep_every,
             warn=lambda text: display.say(f"warning: {text}"),
         )  # fmt: skip
-        monitor = Monitor() if config.monitor and world.is_chief else None
+        monitor = Monitor(gpus_in_use(device)) if config.monitor and world.is_chief else None
         with display, stop_requests() as stop, writer, monitor or nullcontext():
             run = Run(train_step, folder, display, trackers, writer, monitor)
             if invocation.resume:

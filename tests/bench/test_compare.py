@@ -1,6 +1,7 @@
 """python -m bench.compare: what is slower beyond the noise, and files it refuses."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -183,3 +184,15 @@ def test_a_narrow_terminal_still_shows_the_verdict(write, capsys, monkeypatch, w
     a, b = write("a.json", row("ours", scaled(1))), write("b.json", row("ours", scaled(2)))
     assert compare.main([a, b]) == 1
     assert "slower beyond the noise" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("width", ["40", "60"])
+def test_a_narrow_terminal_gets_whole_names_in_lines(write, capsys, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", width)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    a, b = write("a.json", row("ours", scaled(1))), write("b.json", row("ours", scaled(2)))
+    compare.main([a, b])
+    words = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).split())
+    assert words.startswith(
+        "dropout 4x32 forward: ours: 1 ms to 2 ms, B / A 2.000 (1.94 to 2.06) slower"
+    )

@@ -7,7 +7,7 @@ import torch
 
 from bench import kernel_rows
 from bench.ceilings import Ceilings
-from bench.parity import mismatch
+from bench.parity import mismatch, outputs_of
 from bench.subjects import Subject, subjects_of
 from ddpm_fast.kernels import SPECS
 from ddpm_fast.kernels.dropout import SPEC
@@ -47,6 +47,40 @@ def test_the_kernel_and_its_reference_pass(run):
 def test_another_function_is_named_with_its_distance(run, backward, start):
     found = mismatch(SPEC, subject(run), VALUES, DTYPE, CPU, backward=backward)
     assert found.startswith(start)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_a_wrong_last_output_of_any_kernel_is_found(spec):
+    values = min(
+        (case.values for case in spec.cases if case.small),
+        key=lambda values: spec.bytes_moved(values, DTYPE, False),
+    )
+
+    def right(**inputs):
+        return outputs_of(spec.reference(**inputs))
+
+    def wrong_last(**inputs):
+        *others, last = right(**inputs)
+        return [*others, last * 1.1 if last.is_floating_point() else last + 1]
+
+    def without_last(**inputs):
+        return right(**inputs)[:-1]
+
+    def found(run):
+        other = Subject("other", run, spec.tolerance[DTYPE])
+        return mismatch(spec, other, values, DTYPE, CPU, backward=False)
+
+    assert found(right) == ""
+    assert "is 1.0e-01 from" in found(wrong_last) or "of 1 integers" in found(wrong_last)
+    assert found(without_last).startswith("outputs are ")
+
+
+def test_an_output_of_another_shape_is_found():
+    found = mismatch(
+        SPEC, subject(lambda **inputs: SPEC.reference(**inputs)[:1]), VALUES, DTYPE, CPU,
+        backward=False,
+    )  # fmt: skip
+    assert found == "output is (1, 32, 16, 16), the reference's (4, 32, 16, 16)"
 
 
 def test_a_wrong_implementation_gets_a_reason_and_no_figure():

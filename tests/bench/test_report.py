@@ -249,3 +249,13 @@ def test_the_suites_own_file_is_what_the_report_reads(tmp_path, monkeypatch, one
     with pytest.raises(BadResults, match="commit is missing"):
         path.write_text(json.dumps({"dry_run": False, "stages": {}, "device": ""}))
         load(path)
+
+
+def test_a_figure_above_the_floor_is_marked(write, capsys):
+    data = invented()
+    rows = data["stages"]["kernels"]["rows"], data["stages"]["models"]["rows"]
+    rows[0][0]["percent_of_floor"], rows[1][0]["percent_of_floor"] = 106.0, 107.0
+    rows[1][1]["percent_of_floor"] = 104.0
+    report.main([str(write(data))])
+    text = capsys.readouterr().out
+    assert "| 106 (!) |" in text and "| 107.0 (!) |" in text and "| 104.0 |" in text

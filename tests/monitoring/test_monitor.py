@@ -5,8 +5,10 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from ddpm_fast.monitoring import host
+from ddpm_fast.monitoring.devices import gpus_in_use
 from ddpm_fast.monitoring.monitor import BUDGET, EnergyMeter, Monitor
 from ddpm_fast.scaling.machine import topology
 
@@ -98,17 +100,90 @@ def test_slow_sampling_is_done_seldom():
     assert 0.002 / BUDGET > 0.3
 
 
+def test_reads_are_so_far_apart_that_they_cost_under_a_thousandth():
+    nvml, waited = FakeNvml(count=1, seconds=0.005), []
+    monitor = Monitor(interval_s=0.001, nvml=nvml)
+    monitor._stop.wait = lambda seconds: waited.append(seconds) or True  # ends after the first
+    with monitor:
+        monitor._thread.join()
+    assert 0.005 <= monitor._busy_s < 1e-3 * waited[0]
+
+
 def test_sampling_this_machine_costs_less_than_a_thousandth():
-    with Monitor(interval_s=0.5, nvml=None) as monitor:
-        time.sleep(1.2)
-    busy = monitor.overhead
-    assert busy < 1e-3 or busy * 1.2 < 3e-3  # a busy machine may hold up a single read
+    shares = []
+    for _ in range(5):  # the best of them: a busy machine may hold up a single read
+        with Monitor(interval_s=0.5, nvml=None) as monitor:
+            time.sleep(0.9)
+        shares.append(monitor.overhead)
+        if shares[-1] < 1e-3:
+            break
+    assert min(shares) < 1e-3, shares
 
 
 def test_some_gpus_can_be_chosen():
     with Monitor(["GPU-1"], interval_s=0.05, nvml=FakeNvml()) as monitor:
         time.sleep(0.02)
     assert [sample.memory_gib for sample in monitor.latest()] == [2]
+
+
+def test_a_gpu_is_called_by_the_number_it_is_given():
+    with Monitor({3: "GPU-1"}, interval_s=0.05, nvml=FakeNvml()) as monitor:
+        time.sleep(0.02)
+    assert [(s.device, s.memory_gib) for s in monitor.latest()] == [("GPU 3", 2)]
+
+
+def test_where_no_gpu_is_used_none_is_read():
+    nvml = FakeNvml()
+    with Monitor({}, interval_s=0.05, nvml=nvml) as monitor:
+        time.sleep(0.02)
+    assert (nvml.reads, monitor.why_not) == (0, "GPUs are not monitored: none is used")
+    assert monitor.latest()[0].device == host.DEVICE
+
+
+@pytest.fixture
+def four_gpus(monkeypatch):
+    """torch sees NVML's GPUs 4 to 7."""
+    properties = [SimpleNamespace(uuid=f"{4 + i}") for i in range(4)]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties.__getitem__)
+
+
+@pytest.mark.parametrize(
+    ("device", "ranks", "expected"),
+    [("cuda:2", None, {2: "GPU-6"}), ("cuda", None, {0: "GPU-4"}), ("cpu", 2, {}),
+     ("cuda:0", 2, {0: "GPU-4", 1: "GPU-5"})],
+)  # fmt: skip
+def test_the_gpus_in_use_are_this_ranks_and_those_beside_it(
+    four_gpus, monkeypatch, device, ranks, expected
+):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if ranks:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    assert gpus_in_use(torch.device(device)) == expected
+
+
+def test_of_eight_gpus_only_the_one_in_use_is_averaged(monkeypatch, four_gpus):
+    nvml = FakeNvml(count=8)
+    monkeypatch.setattr(nvml, "nvmlDeviceGetUtilizationRates",
+                        lambda gpu: SimpleNamespace(gpu=100 if gpu == 6 else 0))  # fmt: skip
+    with Monitor(gpus_in_use(torch.device("cuda:2")), interval_s=0.05, nvml=nvml) as monitor:
+        time.sleep(0.02)
+    assert monitor.means_since(0)["utilisation"] == 100
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_real_gpu_tells_what_it_does():
+    x = torch.randn(4096, 4096, device="cuda")
+    with Monitor(gpus_in_use(x.device), interval_s=0.1) as monitor:
+        end = time.perf_counter() + 1
+        while time.perf_counter() < end:
+            x @ x
+            torch.cuda.synchronize()
+    (last,) = monitor.latest()
+    assert monitor.why_not is None and last.device == "GPU 0"
+    assert last.utilisation > 0 and last.memory_gib > 0.05 and last.sm_mhz > 0
+    assert sum(monitor.joules().values()) > 10
+    assert monitor.overhead < 1e-3
 
 
 def no_driver():

@@ -31,7 +31,11 @@ def row(mode, n, batch, rate, *, compute, exposed, overlapped=2.0):
 @pytest.fixture
 def result():
     """One and two processes measured, no predictions."""
-    return copy.deepcopy({
+    return measured()
+
+
+def measured():
+    return {
         "schema": "ddpm_fast.scaling/1", "created": "2026-11-23T20:00:00+00:00", "seconds": 60.0,
         "kind": "cpu-processes", "backend": "gloo", "preset": "digits", "precision": "fp32",
         "compile": False, "demo": True, "batch_per_rank": 16, "global_batch": 16,
@@ -51,12 +55,18 @@ def result():
                      "utilisation": 50.0, "memory_gib": 2.0 + s / 10, "watts": None,
                      "celsius": None, "sm_mhz": None, "memory_mhz": None} for s in range(4)],
         "notes": [],
-    })  # fmt: skip
+    }  # fmt: skip
 
 
-@pytest.fixture
-def predicted(result):
-    """The same with PREDICTED rows for 8 and 64."""
+@pytest.fixture(scope="session")
+def with_predictions():
+    result = measured()
     add_predictions(result, [8, 64])
     assert predict.make_model(result)[0] is not None
     return result
+
+
+@pytest.fixture
+def predicted(with_predictions):
+    """The same with PREDICTED rows for 8 and 64."""
+    return copy.deepcopy(with_predictions)

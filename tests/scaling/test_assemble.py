@@ -11,7 +11,8 @@ from ddpm_fast.scaling.assemble import (
     median_interval,
     relative_spread,
 )
-from ddpm_fast.scaling.predict import make_model
+from ddpm_fast.scaling.doubts import doubts
+from ddpm_fast.scaling.predict import make_model, predicted_rows
 
 
 def phase(batch=16, step_s=0.08, alone_s=0.07, **changes):
@@ -47,6 +48,44 @@ def test_the_split_adds_up_to_the_step():
     assert sum(split.values()) - split["overlapped_communication"] == pytest.approx(80)
 
 
+SLOW = [1.0, 1.0, 1.0, 1.0, 3.0]  # seconds of windows of 10 steps
+
+
+def test_what_slows_both_windows_of_a_pair_is_no_communication():
+    both = phase(window_s=SLOW, alone_window_s=SLOW)
+    row = measured_row("weak", [rank(r, 2, weak=both) for r in range(2)])
+    assert row["split_ms"]["exposed_communication"] == 0
+    assert row["step_ms"] == pytest.approx(100)
+    assert row["images_per_s"] == pytest.approx(2 * 16 * 10 * 5 / 7)
+    both = phase(window_s=[1.1, 1.1, 3.1, 3.1, 3.1], alone_window_s=[1.0, 1.0, 1.0, 3.0, 3.0])
+    split = measured_row("weak", [rank(r, 2, weak=both) for r in range(2)])["split_ms"]
+    assert split["exposed_communication"] == pytest.approx(10)
+    both = phase(window_s=[1.1, 1.1, 1.1, 1.1, 3.1], alone_window_s=SLOW)
+    split = measured_row("weak", [rank(r, 2, weak=both) for r in range(2)])["split_ms"]
+    assert split["exposed_communication"] == pytest.approx(10)
+
+
+def test_exposed_communication_is_over_the_slowest_rank_of_each_window():
+    ranks = [rank(0, 2, weak=phase(step_s=0.08, alone_s=0.05)),
+             rank(1, 2, weak=phase(step_s=0.08, alone_s=0.07))]  # fmt: skip
+    split = measured_row("weak", ranks)["split_ms"]
+    assert split["exposed_communication"] == pytest.approx(10)
+
+
+def test_parts_that_cannot_add_up_are_told_and_not_hidden(result):
+    for changes in (dict(optimizer_s=0.09), dict(step_s=0.06, alone_s=0.07)):
+        result["rows"] = [measured_row("weak", [rank(r, 2, weak=phase(**changes)) for r in (0, 1)])]
+        told = [line for line in doubts(result) if "parts add up to" in line]
+        assert len(told) == 1 and told[0].startswith("2 processes (weak)"), changes
+
+
+def test_more_exposed_than_communicated_is_told(result):
+    result["rows"] = [measured_row("weak", [rank(r, 2, weak=phase(communication_s=0.004))
+                                            for r in range(2)])]  # fmt: skip
+    (told,) = [line for line in doubts(result) if "exposed" in line]
+    assert "10.0 ms of communication are exposed, but the all-reduces take 4.0" in told
+
+
 def test_skew_is_of_steps_without_communication():
     ranks = [rank(0, 2, weak=phase(alone_s=0.05)), rank(1, 2, weak=phase(alone_s=0.06))]
     assert measured_row("weak", ranks)["skew"] == pytest.approx(1.2)
@@ -68,10 +107,47 @@ def test_speedups_of_both_modes_start_at_the_row_of_one_rank():
     assert strong["serial_fraction"] == pytest.approx((50 / 70 - 0.5) / 0.5)
 
 
-def test_without_one_rank_the_smallest_world_counts_as_ideal():
+def test_an_efficiency_is_between_the_far_ends_of_both_rows():
+    windows = [0.69, 0.70, 0.70, 0.70, 0.71]
+    parts = measured_parts(
+        [[rank(0, 1, weak=phase(window_s=windows, alone_window_s=windows))],
+         [rank(r, 2, weak=phase()) for r in range(2)]], 16)  # fmt: skip
+    one, two = parts["rows"]
+    assert one["efficiency_low"] == one["efficiency"] == one["efficiency_high"] == 1
+    assert two["efficiency_low"] == pytest.approx(69 / 80)
+    assert two["efficiency_high"] == pytest.approx(71 / 80)
+    assert two["speedup_high"] == pytest.approx(2 * 71 / 80)
+
+
+def test_without_one_rank_the_smallest_world_counts_as_ideal(result):
     rows = [measured_row("weak", [rank(r, n, weak=phase()) for r in range(n)]) for n in (2, 4)]
     add_speedups(rows, 16)
     assert [row["speedup"] for row in rows] == [2, 4]
+    assert "weak: N = 1 was not measured; 2 processes count as ideal" in doubts(
+        result | {"rows": rows}
+    )
+
+
+def test_a_serial_fraction_is_over_one_rank_only():
+    rows = [measured_row("strong", [rank(r, n, strong=phase(16 // n)) for r in range(n)])
+            for n in (2, 4)]  # fmt: skip
+    add_speedups(rows, 16)
+    assert [row["serial_fraction"] for row in rows] == [None, None]
+
+
+@pytest.mark.parametrize("share", [0.7, 0.4])
+def test_the_model_is_fitted_on_the_smallest_world_and_its_forward_pass(share):
+    alone, forward_s = [{"batch": 8, "seconds": 0.04}], 0.065 * (1 - share)
+    ranks = [rank(0, 1, weak=phase(alone_s=0.07, forward_s=forward_s)) | {"compute_alone": alone}]
+    parts = measured_parts([ranks, [rank(r, 2, weak=phase()) for r in range(2)]], 16)
+    assert parts["compute_alone"] == [{"batch": 16, "seconds": pytest.approx(0.065)}, *alone]
+    assert parts["backward_share"] == pytest.approx(share)
+
+
+def test_where_nothing_was_measured_nothing_stands_for_it():
+    parts = measured_parts([[]], 16)
+    assert {name for name, value in parts.items() if value is None} == {
+        "parameters", "backward_share", "jitter"}  # fmt: skip
 
 
 def test_a_world_with_a_missing_rank_or_phase_gives_what_all_ranks_have():
@@ -87,6 +163,17 @@ def test_the_interval_of_a_median_holds_the_median_and_grows_with_the_spread():
     assert median_interval([10] * 5) == (10, 10)
 
 
+def test_the_interval_of_a_median_is_between_its_order_statistics():
+    # 1 ... 30, the last an outlier: of 30 values the 10th to the 21st hold the median in 95.7 % of
+    # runs (binomial); the bootstrap's ends are within one value of them. A mean would follow the
+    # outlier, the least and the most be 1 and 10000, and one resample no interval.
+    values = [*range(1, 30), 10_000]
+    low, high = median_interval(values)
+    assert 9 <= low <= 11 and 20 <= high <= 22
+    low, high = median_interval([9.0, 9.5, 10.0, 10.5, 20.0])
+    assert (low, high) == (9, 20)  # of 5 in effect the least and the most
+
+
 def test_the_relative_spread_of_normal_values_is_their_standard_deviation():
     values = np.random.default_rng(0).normal(50, 5, 20_000)
     assert relative_spread(values) == pytest.approx(0.1, rel=0.05)
@@ -99,6 +186,84 @@ def test_predictions_carry_their_word_inputs_and_residuals(predicted):
     assert weak[0]["inputs"]["bus_gbytes_per_s"] == pytest.approx(1.0, rel=0.01)
     assert len(predicted["model"]["residuals"]) == 3
     assert max(abs(r["relative"]) for r in predicted["model"]["residuals"]) < 0.1
+
+
+def test_predicting_what_was_measured_gives_its_efficiency_within_the_residual(result):
+    model, _ = make_model(result)
+    for n, mode, row in ((1, "weak", result["rows"][0]), (2, "weak", result["rows"][1]),
+                         (2, "strong", result["rows"][2])):  # fmt: skip
+        predicted = next(r for r in predicted_rows(model, result, [n]) if r["mode"] == mode)
+        off = abs(model.step(n, row["batch_per_rank"])["step_s"] * 1e3 / row["step_ms"] - 1)
+        assert predicted["efficiency"] == pytest.approx(row["efficiency"], rel=off + 0.01), n
+    assert predicted_rows(model, result, [1])[0]["efficiency"] == pytest.approx(1)
+
+
+def test_an_efficiency_is_over_the_models_own_step_whatever_the_measured_one(result):
+    model, _ = make_model(result)
+    before = predicted_rows(model, result, [8])[0]
+    result["rows"][0]["images_per_s"] *= 0.8  # the windows of one rank were disturbed
+    result["rows"][0]["step_ms"] /= 0.8
+    after = predicted_rows(model, result, [8])[0]
+    assert after["efficiency"] == before["efficiency"]
+    assert after["inputs"]["base_ranks"] == 1
+    assert after["inputs"]["base_step_ms"] == pytest.approx(80, rel=0.02)
+
+
+def test_the_parts_of_the_formula_are_as_measured(result):
+    result["jitter"] = 0.2
+    model, _ = make_model(result)
+    alone_s, slowdown = model.compute_s(16), 80 / 75
+    parts = model.step(2, 16)
+    stragglers = 1 + 0.2 * 0.589  # the larger of two normal values: Blom's 0.589, exactly 0.564
+    assert parts["compute_s"] == pytest.approx(alone_s * slowdown * stragglers, rel=0.01)
+    # what the backward pass hides: all but the first bucket's share of 0.66 of computing
+    all_s = parts["communication_s"]
+    backward_s = 0.66 * parts["compute_s"]
+    share = 2**20 / sum(result["bucket_bytes"])
+    last_s = all_s * 3_400_000 / sum(result["bucket_bytes"])
+    expected = max(last_s, all_s - (1 - share) * backward_s)
+    assert parts["exposed_s"] == pytest.approx(expected, rel=0.05)
+
+
+def test_a_share_of_the_backward_pass_that_is_little_hides_little(result):
+    exposed = []
+    for share in (0.0, 0.5):
+        model, _ = make_model(result | {"backward_share": share, "bucket_bytes": [2**24] * 4})
+        exposed.append(model.step(8, 16)["exposed_s"])
+    assert exposed[0] > exposed[1] + 0.02
+
+
+def as_gpus(result, name, n):
+    result |= {"kind": "gpu", "backend": "nccl"}
+    result["machine"] |= {"devices": [name] * n}
+    return result
+
+
+def test_beyond_one_machine_a_link_is_no_faster_than_the_network(result):
+    for row in result["all_reduce"]:  # 1 TB/s within
+        row["seconds"] = 1e-5 + row["bytes"] / 1e12
+    model, _ = make_model(as_gpus(result, "NVIDIA H200, 139 GiB", 2))
+    assert model.link(8).beta_bytes_per_s == pytest.approx(1e12, rel=0.01)
+    assert model.link(16).beta_bytes_per_s == 400e9
+    assert any("joined by at most 400 GB/s" in line for line in model.assumed)
+    unknown, _ = make_model(as_gpus(result, "A card", 2))
+    assert unknown.link(16).beta_bytes_per_s == pytest.approx(1e12, rel=0.01)
+    assert any("as fast as those within" in line for line in unknown.assumed)
+
+
+def test_predictions_say_what_they_take_for_granted(result):
+    said = " ".join(make_model(result)[0].assumed)
+    assert "as if the machine of 2 cores grew with them" in said
+    assert "as much slower than alone as among 2: 1.0" in said
+    assert "every further GPU" in " ".join(make_model(as_gpus(result, "x", 2))[0].assumed)
+
+
+def test_a_model_that_does_not_fit_is_told(predicted):
+    assert not any("guesses" in line for line in doubts(predicted))
+    predicted["model"]["fits"][0]["rms_residual"] = 0.25
+    predicted["model"]["residuals"][1]["relative"] = -0.3
+    told = [line for line in doubts(predicted) if "guesses" in line]
+    assert "25 % (RMS)" in told[0] and "-30 % from the measured step of N = 2 (weak)" in told[1]
 
 
 def test_more_ranks_are_predicted_to_be_less_efficient(predicted):

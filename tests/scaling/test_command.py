@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from ddpm_fast.monitoring import host
+from ddpm_fast.scaling import measure
 from ddpm_fast.scaling import result as results
 from ddpm_fast.scaling.__main__ import main
 from ddpm_fast.scaling.measure import choose_worlds, powers_of_two
@@ -26,9 +28,10 @@ GLOO = ("--backend", "gloo", "--demo")
         (["--gpu", "1"], "unknown flag --gpu (did you mean '--gpus'?)"),
         (["--gpus", "0"], "gpus holds 0, must hold numbers of at least 1"),
         (["--backend", "mpi"], "('nccl', 'gloo')"),
-        ([*GLOO, "--gpus", "1,3"], "--batch-size 16 is the strong rows' whole batch and must be "
-         "divisible by each of --gpus: by 3 it is not; 15 and 18 are"),
+        ([*GLOO, "--gpus", "1,2,3"], "--batch-size 16 is the strong rows' whole batch and must be "
+         "divisible by each of --gpus: by 3 it is not; 12 and 18 are"),
         ([*GLOO, "--gpus", "2", "--global-batch", "1"], "--global-batch 1 is"),
+        ([*GLOO, "--gpus", "2", "--global-batch", "1"], "by 2 it is not; 2 is"),
         (["--windows", "4"], "windows=4 must be at least 5"),
         (["--preset", "cifar"], "unknown preset 'cifar' (did you mean 'cifar10'?)"),
         (["--interconnect", "h200"], "must be one of h200-nvlink"),
@@ -49,6 +52,52 @@ def test_more_gpus_than_there_are_is_refused_and_predict_offered(refused, monkey
     said = refused(main, ["--gpus", "1,8", "--batch-size", "64"], 2)
     assert (f"has {count} CUDA GPU" if count else "has no CUDA GPU") in said
     assert "--predict" in said and "8" in said.partition("--predict")[2]
+
+
+def test_without_a_gpu_only_more_than_one_is_offered_to_predict(refused, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    said = refused(main, ["--gpus", "1,8", "--batch-size", "64"], 2)
+    assert said.endswith("--backend gloo --gpus 1,2 --predict 8 (CPU processes)")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "flags", "worlds", "note"),
+    [
+        (6, (), [1, 2, 4], "N = 6 left out: the strong rows' 128 images cannot be divided by it; "
+         "with --batch-size 120 and 132 are"),
+        (6, ("--global-batch", "96"), [1, 2, 4, 6], None),
+        (8, (), [1, 2, 4, 8], None),
+    ],
+)  # fmt: skip
+def test_default_world_sizes_that_do_not_divide_the_batch_are_left_out(
+    monkeypatch, gpus, flags, worlds, note
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    notes = []
+    assert choose_worlds(parse_options(flags), notes) == worlds
+    assert notes == ([note] if note else [])
+
+
+def test_default_numbers_of_processes_divide_the_batch_too(monkeypatch):
+    monkeypatch.setattr(host, "cores", lambda: 12)
+    notes = []
+    assert choose_worlds(parse_options(GLOO), notes) == [1, 2, 4, 8]
+    assert notes[0].startswith("N = 12 left out")
+
+
+def test_after_a_failed_world_the_others_are_named_and_nothing_is_made_up(
+    tmp_path, monkeypatch, capsys
+):
+    failure = {"world_size": 1, "rank": 0, "message": "was killed by SIGKILL"}
+    monkeypatch.setattr(measure, "run_world", lambda *_, **options: [failure])
+    monkeypatch.setattr(measure, "read_ranks", lambda *_: [])
+    assert main([*GLOO, "--gpus", "1,2,4", "--out", str(tmp_path)]) == 1
+    result = results.read(tmp_path)
+    assert "not measured after the failure: N = 2,4" in result["notes"]
+    assert result["parameters"] is result["backward_share"] is result["jitter"] is None
+    shown = capsys.readouterr().out
+    assert "M parameters" not in shown and "img/s" not in shown
 
 
 def test_without_gpus_the_default_does_not_fall_back_to_cpu_processes(refused, monkeypatch):
@@ -95,6 +144,40 @@ def test_compare_exits_1_when_a_row_got_slower(tmp_path, result, capsys):
     assert main(["compare", paths[0], paths[0]]) == 0
 
 
+def two_results(tmp_path, result, change):
+    paths = [str(tmp_path / f"{name}.json") for name in "ab"]
+    results.write(Path(paths[0]), result)
+    change(result)
+    results.write(Path(paths[1]), result)
+    return paths
+
+
+def test_compare_names_rows_that_were_lost_and_exits_1(tmp_path, result, capsys):
+    a, b = two_results(tmp_path, result, lambda r: r["rows"].pop())
+    assert main(["compare", a, b]) == 1
+    assert f"only in {a}: strong N=2" in capsys.readouterr().out.replace("\n", "")
+    assert main(["compare", b, a]) == 0  # a row more is no loss
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda r: r.update(preset="cifar10"), "preset: digits and cifar10"),
+        (lambda r: r.update(kind="gpu", backend="nccl"), "backend: gloo and nccl"),
+        (lambda r: r.update(batch_per_rank=8), "batch_per_rank: 16 and 8"),
+        (lambda r: r["machine"].update(cpu="other"), "machine.cpu: a CPU and other"),
+        (lambda r: r["machine"].update(devices=["X"] * 8), "machine.devices: none and 8 x X"),
+    ],
+)
+def test_runs_of_different_work_or_machines_are_compared_by_force_only(
+    tmp_path, result, refused, capsys, change, said
+):
+    paths = two_results(tmp_path, result, change)
+    assert said in refused(main, ["compare", *paths], 2)
+    assert main(["compare", *paths, "--force"]) == 0
+    assert "differs: " in capsys.readouterr().out
+
+
 def test_the_claim_is_a_verb(capsys):
     assert main(["claim"]) == 0
     assert "6-7x on 8 RTX 3090" in capsys.readouterr().out
@@ -129,6 +212,21 @@ def run(*flags, **options):
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "COLUMNS": "80"}, **options,
     )  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("flags", [(), ("--compile",)])
+def test_one_gpu_is_measured(tmp_path, flags):
+    process = run("--gpus", "1", "--demo", "--predict", "8", "--out", tmp_path, *flags)
+    out, err = process.communicate(timeout=300)
+    assert (process.returncode, err) == (0, "")
+    result = results.read(tmp_path)
+    (row,) = result["rows"]
+    (rank,) = row["peak_memory"]
+    assert result["kind"] == "gpu" and result["precision"] == "bf16"
+    assert 0 < rank["allocated_gib"] <= rank["reserved_gib"]
+    assert {sample["device"] for sample in result["samples"]} == {"GPU 0"}
 
 
 @pytest.mark.slow

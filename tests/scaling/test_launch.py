@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -50,18 +51,61 @@ def test_ranks_that_wrote_nothing_are_left_out(tmp_path):
     assert launch.read_ranks(tmp_path, 4) == [{"rank": 1}]
 
 
-def test_the_time_limit_ends_all_that_was_started(tmp_path, monkeypatch):
-    popen = subprocess.Popen
+def test_a_torchrun_that_was_killed_is_said_to_be(tmp_path):
+    (tmp_path / "torchrun.log").write_text("")
+    (failure,) = launch.failures(tmp_path, 2, -signal.SIGKILL)
+    assert failure["message"] == "torchrun was killed by SIGKILL"
+
+
+# An agent with a worker in a session of its own, as torchrun's are: argv is the worker's pid file,
+# and what becomes of the agent.
+AGENT = """
+import os, signal, subprocess, sys, time
+worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"],
+                          start_new_session=True)
+with open(sys.argv[1] + ".part", "w") as file:
+    file.write(str(worker.pid))
+os.rename(sys.argv[1] + ".part", sys.argv[1])
+if sys.argv[2] == "is killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+if sys.argv[2] == "ends":
+    sys.exit(1)
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # torchrun ends by itself
+time.sleep(60)
+"""
+
+
+def is_running(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"  # one that nobody waited for
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.parametrize(
+    ("fate", "message"),
+    [("is killed", "torchrun was killed by SIGKILL"), ("ends", "torchrun failed: nothing in its"),
+     ("hangs", "took longer than --time-limit 1 s")],
+)  # fmt: skip
+def test_no_worker_outlives_its_agent(tmp_path, monkeypatch, fate, message):
+    popen, folder = subprocess.Popen, tmp_path / "world"
 
     def start(command, **options):
-        return popen([sys.executable, "-c", "import time; time.sleep(60)"], **options)
+        agent = [sys.executable, "-c", AGENT, str(folder / "rank-0.pid"), fate]
+        return popen(agent, **options)
 
     monkeypatch.setattr(launch.subprocess, "Popen", start)
+    monkeypatch.setattr(launch, "POLL_S", 0.02)
     begun = time.monotonic()
-    spec = {"backend": "gloo"}
-    (failure,) = launch.run_world(tmp_path / "world", spec, 2, time_limit=1.0)
-    assert "longer than --time-limit 1 s" in failure["message"]
-    assert time.monotonic() - begun < 20
+    limit = 1.0 if fate == "hangs" else 30.0
+    (failure,) = launch.run_world(folder, {"backend": "gloo"}, 2, time_limit=limit)
+    assert failure["message"].startswith(message)
+    pid = int((folder / "rank-0.pid").read_text())
+    while is_running(pid) and time.monotonic() < begun + 20:
+        time.sleep(0.02)
+    assert not is_running(pid) and time.monotonic() < begun + 20
 
 
 @pytest.mark.parametrize("tail", ["", '{"what": "hal'])

@@ -23,11 +23,15 @@ def show(*, terminal):
 
 def test_a_terminal_sees_progress_rate_and_every_gpu():
     shown = show(terminal=True)
-    for word in ("2 GPUs, weak: 812 img/s", "97 %", "12.0 GiB", "650 W", "61 C", "1980 MHz"):
+    for word in ("2 GPUs, weak: 812 img/s", "97 %", "12.0 GiB", "650 W", "61 C", "1980 MHz",
+                 "3201 MHz"):  # fmt: skip
         assert word in shown
 
 
 def test_a_pipe_gets_plain_lines():
+    console = Console(file=io.StringIO(), width=80, highlight=False)
+    LiveView(console, word="GPU", windows=5).event({"what": "warming up and compiling"})
+    assert console.file.getvalue().endswith(", warming up and compiling\n")
     assert show(terminal=False) == "2 GPUs: starting\n2 GPUs, weak: 812 img/s (window 1)\n"
 
 

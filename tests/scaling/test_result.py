@@ -43,6 +43,9 @@ def test_a_result_that_breaks_the_schema_is_not_written(tmp_path, result):
         (lambda r: r.update(backward_share=1.5), "backward_share: is 1.5, must be at most 1"),
         (lambda r: r["model"].update(fits=3), "model.fits: is 3, must be of type array"),
         (lambda r: r["predicted"][0].update(label="measured"), r"predicted\[0\].label"),
+        (lambda r: r["machine"].update(links=[["X"]], p2p=[[True, True]] * 2, devices=["a"] * 2),
+         "machine.links: has rows of 1, must be empty or 2 rows of 2, as machine.devices"),
+        (lambda r: r["machine"].update(p2p=[[True]]), "machine.p2p: has rows of 1, must be empty"),
     ],
 )  # fmt: skip
 def test_a_broken_file_is_refused_with_its_name_and_the_field(tmp_path, predicted, change, said):
@@ -97,17 +100,20 @@ def test_a_number_that_is_not_finite_is_no_number():
 def test_the_csv_has_a_line_a_row_and_labels_predictions(tmp_path, predicted):
     results.write_csv(tmp_path / "r.csv", predicted)
     rows = list(csv.DictReader((tmp_path / "r.csv").open()))
-    assert [row["label"] for row in rows] == ["measured"] * 3 + ["PREDICTED"] * 3
+    labels = ["measured"] * 3 + ["PREDICTED"] * 3 + ["all-reduce"] * 4
+    assert [row["label"] for row in rows] == labels
     assert float(rows[1]["images_per_s_per_rank"]) == 180
     assert float(rows[1]["peak_gib"]) == 0.51
     assert rows[3]["peak_gib"] == ""
+    assert (rows[-1]["world_size"], rows[-1]["bytes"]) == ("2", "4448576")
+    assert float(rows[-1]["bus_gbytes_per_s"]) == pytest.approx(0.978, abs=1e-3)
 
 
 def test_the_legacy_view_has_the_originals_names(result):
     view = legacy_view(result)
     side = {"total_time_seconds", "avg_batch_time_seconds", "throughput_samples_per_second",
             "total_samples", "total_steps", "avg_loss", "loss_std", "gpu_count", "device_ids",
-            "memory_history"}  # fmt: skip
+            "memory_history", "total_time_minutes"}  # fmt: skip
     assert set(view) == {"benchmark_timestamp", "single_gpu", "multi_gpu", "speedup_analysis"}
     assert set(view["single_gpu"]) == set(view["multi_gpu"]) == side
     assert view["multi_gpu"]["device_ids"] == [0, 1]
@@ -115,6 +121,22 @@ def test_the_legacy_view_has_the_originals_names(result):
     speedup = view["speedup_analysis"]
     assert speedup["throughput_speedup"] == pytest.approx(1.8)
     assert speedup["efficiency_per_gpu"] == pytest.approx(0.9)
+
+
+def test_the_legacy_views_memory_is_a_dict_a_sample_as_the_originals(result):
+    history = legacy_view(result)["multi_gpu"]["memory_history"]
+    assert history == [
+        {"gpu_0": {"memory_allocated_gb": gib, "memory_reserved_gb": None, "max_memory_gb": 0.5},
+         "total_memory_gb": gib, "step": step} for step, gib in enumerate((2.2, 2.3))
+    ]  # fmt: skip
+    sample = dict(result["samples"][2])
+    result["samples"] = [sample | {"device": f"GPU {i}", "memory_gib": 10.0 + i} for i in (0, 1)]
+    for rank in result["rows"][1]["peak_memory"]:
+        rank |= {"allocated_gib": 8.0 + rank["rank"], "reserved_gib": 9.0}
+    (entry,) = legacy_view(result)["multi_gpu"]["memory_history"]
+    assert entry["gpu_1"] == {
+        "memory_allocated_gb": 11.0, "memory_reserved_gb": 9.0, "max_memory_gb": 9.0}  # fmt: skip
+    assert entry["total_memory_gb"] == 21.0
 
 
 def test_a_legacy_view_of_one_rank_leaves_the_other_side_open(result):
@@ -131,6 +153,16 @@ def test_only_rows_beyond_both_intervals_are_called_faster_or_slower(result):
         for name in ("images_per_s", "images_per_s_low", "images_per_s_high"):
             row[name] *= factor
     assert [pair.verdict for pair in pairs(result, other)] == ["same", "faster", "slower"]
+
+
+def test_a_change_within_either_interval_is_none(result):
+    import copy
+
+    other = copy.deepcopy(result)
+    for row, factor in zip(other["rows"], (1.015, 0.985, 1.0), strict=True):
+        for name in ("images_per_s", "images_per_s_low", "images_per_s_high"):
+            row[name] *= factor
+    assert [pair.verdict for pair in pairs(result, other)] == ["same"] * 3
 
 
 def test_what_differs_besides_speed_is_said(result):

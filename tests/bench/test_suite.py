@@ -1,0 +1,113 @@
+"""pytest bench --benchmark-only: what a row carries, and that a wrong kernel gets none."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bench import environment, test_kernels
+from bench.ceilings import Ceilings
+from bench.conftest import GPU_STATE, mend
+from bench.timing import COLD_CACHES, MOST_SETS, count_sets
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.slow
+def test_the_suites_rows_carry_figures_ceilings_and_where_they_are_from(tmp_path):
+    path = tmp_path / "rows.json"
+    command = [sys.executable, "-m", "pytest", "-q", "bench/test_kernels.py", "--benchmark-only",
+               "-k", "dropout and (ours or eager or compiled)",
+               f"--benchmark-json={path}"]  # fmt: skip
+    environ = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environ
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(path.read_text())["benchmarks"]
+    assert {row["name"] for row in rows} >= {"ours", "eager"}
+    for row in rows:
+        info, stats = row["extra_info"], row["stats"]
+        assert info["ms_q20"] <= info["ms"] <= info["ms_q80"]
+        assert stats["median"] == pytest.approx(info["ms"] / 1e3, rel=1e-3)
+        ceilings = Ceilings(info["copy_gb_s"], info["matmul_tflop_s"])
+        assert info["percent_of_floor"] == ceilings.percent_of_floor(info)
+        assert info["gb_s"] > 0
+        assert info["commit"] and info["versions"]["torch"] == torch.__version__
+        assert info["threads"] >= 1 and set(GPU_STATE) < set(info)
+    if not torch.cuda.is_available():
+        assert "CPU figures" in done.stdout
+        assert all(row["extra_info"]["device"].startswith("CPU") for row in rows)
+        assert "compiled" not in {row["name"] for row in rows}
+
+
+@pytest.mark.parametrize("wrong", [True, False])
+def test_a_wrong_kernel_fails_and_has_no_row(monkeypatch, wrong):
+    from ddpm_fast.kernels.dropout import SPEC
+
+    case = next(case for case in SPEC.cases if case.small)
+    right, rows = test_kernels.subject_of(SPEC.name, case.name, "eager", CPU), []
+
+    def run(**inputs):
+        return right.run(**inputs) * (1.01 if wrong else 1)
+
+    monkeypatch.setattr(test_kernels, "subject_of", lambda *_: replace(right, run=run))
+    monkeypatch.setattr(test_kernels, "SECONDS", 1e-3)
+    test_kernels.refusal.cache_clear()
+
+    def measure():
+        test_kernels.test_kernel(
+            SPEC, case, "forward", "warm", "eager", CPU, Ceilings(10.0, 1.0),
+            lambda group, name, samples, figures: rows.append((group, name)),
+        )  # fmt: skip
+
+    try:
+        if wrong:
+            with pytest.raises(pytest.fail.Exception, match="no figure for eager: output is 1.0e-"):
+                measure()
+        else:
+            measure()
+    finally:
+        test_kernels.refusal.cache_clear()  # what it found is of this test's subject
+    assert [name for _, name in rows] == ([] if wrong else ["eager"])
+
+
+def test_shares_of_the_floor_are_of_the_larger_ceiling():
+    rows = [("a", {"gb_s": 50.0, "tflop_s": 1.2, "percent_of_floor": 120.0}), ("net", {"ms": 1.0})]
+    mend(rows, Ceilings(100.0, 1.0), Ceilings(80.0, 2.0))
+    assert rows[0][1] == {"gb_s": 50.0, "tflop_s": 1.2, "copy_gb_s": 100.0, "matmul_tflop_s": 2.0,
+                          "percent_of_floor": 60.0}  # fmt: skip
+    assert rows[1][1] == {"ms": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("bytes_per_call", "cold", "expected"),
+    [(1, True, MOST_SETS), (50 * 2**20, True, 1 + COLD_CACHES), (10 * 2**20, True, 16),
+     (2**40, True, 2), (2**40, False, 1)],
+)  # fmt: skip
+def test_sets_of_a_cold_measurement_fill_the_l2(monkeypatch, bytes_per_call, cold, expected):
+    h200 = SimpleNamespace(L2_cache_size=50 * 2**20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: h200)
+    assert count_sets(GPU, bytes_per_call, cold) == expected
+    assert count_sets(CPU, bytes_per_call, cold) == 1
+
+
+@pytest.mark.parametrize(
+    ("initialized", "visible", "expected"),
+    [(True, "3", "GPU-b"), (False, "3,1", 3), (False, "GPU-c,GPU-d", "GPU-c"), (False, "", 0)],
+)
+def test_clocks_are_of_torchs_first_gpu(monkeypatch, initialized, visible, expected):
+    nvml = SimpleNamespace(
+        nvmlDeviceGetHandleByUUID=lambda uuid: uuid, nvmlDeviceGetHandleByIndex=lambda index: index
+    )
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: initialized)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(uuid="b"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert environment._first_gpu(nvml) == expected
