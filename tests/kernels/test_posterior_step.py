@@ -132,6 +132,30 @@ def test_the_reference_is_hos_equations_written_out():
     torch.testing.assert_close(found[0], expected, rtol=1e-12, atol=1e-12)
 
 
+INFINITE = torch.tensor([torch.inf, -torch.inf, torch.nan])
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("noise", range(len(NOISES)))
+def test_what_is_not_finite_passes_where_it_does_in_the_reference(prediction, noise):
+    """Infinity times a coefficient of 0 is NaN: only terms that the formula has may do that."""
+    for clip, t, name in itertools.product(({}, {"clip": False}), (400, 0), ("x_t", "output")):
+        arguments = inputs(2, 3, 5, 7, **NOISES[noise], **clip, prediction=prediction, t=t)
+        poisoned = arguments["x_t" if name == "x_t" else "model_output"]
+        poisoned[0, 0, 0, :3] = INFINITE
+        poisoned[1, 2, 4, 4:] = INFINITE
+        fused, reference = (ops.posterior_step(**arguments, impl=impl) for impl in IMPLS)
+        for y, expected in zip(fused, reference, strict=True):
+            torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_an_infinite_output_that_is_clipped_gives_a_finite_step(impl):
+    x_t, output = normal(1, 3, 4, 4), torch.full((1, 3, 4, 4), torch.inf)
+    x_prev, x_0 = ops.posterior_step(x_t, output, 400, ABAR, impl=impl)
+    assert x_prev.isfinite().all() and torch.equal(x_0, -torch.ones_like(x_0))
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_the_dynamic_threshold_is_torchs_quantile(impl):
     x_t = 3 * normal(3, 3, 5, 7)
