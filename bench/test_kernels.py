@@ -8,6 +8,7 @@ give, and where it ran (conftest.py).
 from __future__ import annotations
 
 import functools
+import math
 
 import pytest
 import torch
@@ -19,32 +20,45 @@ from bench.replay import replay
 from bench.subjects import Subject, dtype_for, subjects_of
 from bench.timing import time_in_turns
 from ddpm_fast.kernels import SPECS
+from ddpm_fast.kernels.spec import Case, KernelSpec
 
 ON_GPU = torch.cuda.is_available()
 CACHES = ("cold", "warm") if ON_GPU else ("warm",)
 SECONDS = 0.5 if ON_GPU else 0.1  # for a figure
 
+# Of the CPU's own kernels: also at 256x3x32x32 there, a training batch, with all threads.
+CPU_KERNELS = ("philox_normal", "q_sample", "posterior_step")
+CPU_ELEMENTS = 256 * 3 * 32 * 32
+
 TIMED = (*SPECS, block_spec.SPEC)
 CASES = {(spec.name, case.name): (spec, case) for spec in TIMED for case in spec.cases}
+
+
+def runs_here(spec: KernelSpec, case: Case) -> bool:
+    if ON_GPU or case.small:
+        return case.small != ON_GPU
+    return spec.name in CPU_KERNELS and math.prod(case.values["shape"]) <= CPU_ELEMENTS
+
+
 ROWS = [
     pytest.param(
         spec, case, which, cache, label, id=f"{spec.name} {case.name} {which} {cache} {label}"
     )
     for spec in TIMED
     for case in spec.cases
-    if case.small != ON_GPU
+    if runs_here(spec, case)
     for which in ("forward", "forward+backward")
     for cache in CACHES
     for label in ("ours", "eager", "compiled", *(peer.label for peer in peers_of(spec.name)))
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Small cases on a CPU: a second thread wins nothing, and where another process holds its core
-    each operation waits for the scheduler: 8 ms instead of 13 us."""
+@pytest.fixture
+def threads(case):
+    """One for small cases on a CPU: a second one wins nothing, and where another process holds its
+    core each operation waits for the scheduler: 8 ms instead of 13 us."""
     before = torch.get_num_threads()
-    if not ON_GPU:
+    if case.small and not ON_GPU:
         torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
@@ -66,6 +80,7 @@ def refusal(kernel: str, case_name: str, label: str, device: torch.device, backw
 
 
 @pytest.mark.benchmark(timer=replay)
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize(("spec", "case", "which", "cache", "label"), ROWS)
 def test_kernel(spec, case, which, cache, label, device, ceilings, record):
     dtype = dtype_for(spec, device)

@@ -2,11 +2,10 @@
 // run of them.
 #include <algorithm>
 #include <stdexcept>
-#include <system_error>
-#include <thread>
 
 #include "cpu_loops.h"
 #include "kernels.h"
+#include "parallel.h"
 
 namespace ddpm_fast {
 namespace cpu {
@@ -36,22 +35,9 @@ const CpuLoops*& active_loops() {
   return loops;
 }
 
-// Calls run(begin, end) on consecutive pieces of [0, units), one of them on the calling thread.
-template <typename Run>
-void parallel_for(int64_t units, int64_t elements, int threads, const Run& run) {
-  const int64_t useful = std::min<int64_t>({threads, units, elements / GRAIN});
-  const int64_t pieces = std::max<int64_t>(useful, 1);
-  std::vector<std::thread> workers;
-  int64_t piece = 0;
-  try {
-    for (; piece + 1 < pieces; ++piece) {
-      workers.emplace_back(run, units * piece / pieces, units * (piece + 1) / pieces);
-    }
-  } catch (const std::system_error&) {
-    // No more threads to be had: this one does the rest.
-  }
-  run(units * piece / pieces, units);
-  for (std::thread& worker : workers) worker.join();
+// Into how many pieces to cut that many units of so many elements altogether.
+int64_t pieces_of(int64_t units, int64_t elements, int threads) {
+  return std::min<int64_t>({threads, units, elements / GRAIN});
 }
 
 // Calls run(piece) on all pieces of all samples.
@@ -60,7 +46,8 @@ void for_each_piece(int64_t samples, int64_t elements, int threads, const Run& r
   const auto some = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) run(piece_at(i, elements, UNIT));
   };
-  parallel_for(samples * ceil_div(elements, UNIT), samples * elements, threads, some);
+  const int64_t units = samples * ceil_div(elements, UNIT);
+  parallel_for(units, pieces_of(units, samples * elements, threads), some);
 }
 
 template <typename T>
@@ -68,7 +55,7 @@ void dropout_elements(const T* x, T* out, const DropoutPlan& plan, const Draw& f
                       void (*loop)(const T*, T*, int64_t, uint32_t, const Draw&, uint32_t,
                                    double)) {
   for_each_piece(plan.samples, plan.elements, threads, [&](const Piece& piece) {
-    const int64_t at = piece.sample * plan.elements + piece.first;
+    const int64_t at = element_at(piece.sample, plan.elements, piece.first);
     Draw draw = first;
     draw.sample += uint32_t(piece.sample);
     loop(x + at, out + at, piece.count, uint32_t(piece.first / 8), draw, plan.threshold,
@@ -76,12 +63,29 @@ void dropout_elements(const T* x, T* out, const DropoutPlan& plan, const Draw& f
   });
 }
 
-size_t size_of(Dtype dtype) { return dtype == Dtype::uint8 ? 1 : 4; }
+int64_t size_of(Dtype dtype) { return dtype == Dtype::uint8 ? 1 : 4; }
+
+ForwardPiece forward_piece(const ForwardPlan& plan, const Piece& piece,
+                           const ForwardSample& sample) {
+  const int64_t elements = plan.channels * plan.height * plan.width;
+  const int64_t at = element_at(piece.sample, elements, piece.first);
+  const int64_t row = element_at(sample.row, elements, 0) * size_of(plan.x_0_dtype);
+  return {static_cast<const char*>(plan.x_0) + row,
+          piece.first,
+          piece.count,
+          plan.width,
+          sample.mirrored,
+          plan.noise == nullptr ? nullptr : plan.noise + at,
+          plan.counters.draw(STREAM_NOISE, piece.sample),
+          static_cast<float*>(plan.x_t) + at,
+          static_cast<float*>(plan.target) + at};
+}
 
 ReversePiece reverse_piece(const ReversePlan& plan, const Piece& piece, bool noisy) {
   const int64_t elements = plan.channels * plan.positions;
-  const int64_t at = piece.sample * elements + piece.first;
-  const int64_t at_output = piece.sample * plan.output_channels * plan.positions + piece.first;
+  const int64_t at = element_at(piece.sample, elements, piece.first);
+  const int64_t at_output =
+      element_at(piece.sample, plan.output_channels * plan.positions, piece.first);
   const float* output = static_cast<const float*>(plan.output) + at_output;
   const float* unconditional = static_cast<const float*>(plan.unconditional);
   return {plan.x_t + at,
@@ -126,7 +130,7 @@ void posterior_step_dynamic(const ReversePlan& plan, int threads) {
       loops.reverse(piece, sample.step);
     }
   };
-  parallel_for(plan.samples, plan.samples * elements, threads, run);
+  parallel_for(plan.samples, pieces_of(plan.samples, plan.samples * elements, threads), run);
 }
 
 }  // namespace
@@ -136,7 +140,7 @@ void philox_words(const int64_t* counters, const int64_t* keys, int64_t* out, in
   const auto run = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) philox_words_row(counters, keys, out, i);
   };
-  parallel_for(n, 4 * n, threads, run);
+  parallel_for(n, pieces_of(n, 4 * n, threads), run);
 }
 
 void philox_fill(bool normal, float* out, const FillPlan& plan, int threads) {
@@ -144,8 +148,8 @@ void philox_fill(bool normal, float* out, const FillPlan& plan, int threads) {
   for_each_piece(plan.samples, plan.elements, threads, [&](const Piece& piece) {
     const Draw draw =
         make_draw(plan.seed, plan.stream, plan.first_index + uint32_t(piece.sample), plan.step);
-    loop(out + piece.sample * plan.elements + piece.first, piece.count, uint32_t(piece.first / 4),
-         draw);
+    loop(out + element_at(piece.sample, plan.elements, piece.first), piece.count,
+         uint32_t(piece.first / 4), draw);
   });
 }
 
@@ -176,14 +180,7 @@ void q_sample(const ForwardPlan& plan, int threads) {
   for_each_piece(plan.samples, elements, threads, [&](const Piece& piece) {
     const ForwardSample sample = forward_sample(plan, piece.sample);
     if (piece.first == 0 && plan.t_out != nullptr) plan.t_out[piece.sample] = sample.t;
-    const int64_t at = piece.sample * elements + piece.first;
-    const char* row = static_cast<const char*>(plan.x_0) +
-                      size_t(sample.row * elements) * size_of(plan.x_0_dtype);
-    loop({row, piece.first, piece.count, plan.width, sample.mirrored,
-          plan.noise == nullptr ? nullptr : plan.noise + at,
-          plan.counters.draw(STREAM_NOISE, piece.sample), static_cast<float*>(plan.x_t) + at,
-          static_cast<float*>(plan.target) + at},
-         sample.step, plan.prediction);
+    loop(forward_piece(plan, piece, sample), sample.step, plan.prediction);
   });
 }
 

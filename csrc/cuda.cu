@@ -107,7 +107,7 @@ __global__ void fill_kernel(float* out, FillPlan plan) {
       pack.values[2] = uniform_from_word(words.w2);
       pack.values[3] = uniform_from_word(words.w3);
     }
-    float* to = out + sample * plan.elements + 4 * counter;
+    float* to = out + element_at(sample, plan.elements, 4 * counter);
     if (ALIGNED) {
       *reinterpret_cast<Pack<float, 4>*>(to) = pack;
     } else {
@@ -129,7 +129,7 @@ __global__ void dropout_kernel(const T* x, T* out, DropoutPlan plan, DeviceRng r
     const int64_t sample = i / counters_per_sample;
     const int64_t counter = i % counters_per_sample;
     const Words<uint32_t> words = philox_words(uint32_t(counter), rng.draw(plan.stream, sample));
-    const int64_t at = sample * elements + 8 * counter;
+    const int64_t at = element_at(sample, elements, 8 * counter);
     if (ALIGNED) {
       Pack<T, 8> pack = load_words<T, 8>(x + at);
 #pragma unroll
@@ -244,7 +244,7 @@ struct Flat {
   __device__ __forceinline__ int64_t element(int q) const { return first + 4 * q; }
   __device__ __forceinline__ bool inside(int, int) const { return true; }
   __device__ __forceinline__ int64_t offset(const View& view, int64_t sample) const {
-    return sample * view.channels * view.positions + first;
+    return element_at(sample, view.channels * view.positions, first);
   }
   __device__ __forceinline__ void load(const View& view, int64_t sample, int64_t channel,
                                        float (&values)[4 * QUADS]) const {
@@ -274,14 +274,14 @@ struct Interleaved {
 #pragma unroll
       for (int q = 0; q < QUADS; ++q) {
         float quad[4];
-        load_run(view.base, view.dtype, sample * QUADS * positions + element(q), quad);
+        load_run(view.base, view.dtype, element_at(sample, QUADS * positions, element(q)), quad);
 #pragma unroll
         for (int j = 0; j < 4; ++j) values[4 * q + j] = quad[j];
       }
       return;
     }
     float memory[4 * QUADS];
-    load_run(view.base, view.dtype, (sample * positions + position) * QUADS, memory);
+    load_run(view.base, view.dtype, element_at(sample, positions, position) * QUADS, memory);
 #pragma unroll
     for (int i = 0; i < 4 * QUADS; ++i) values[i % QUADS * 4 + i / QUADS] = memory[i];
   }
@@ -290,7 +290,7 @@ struct Interleaved {
     float memory[4 * QUADS];
 #pragma unroll
     for (int i = 0; i < 4 * QUADS; ++i) memory[i] = values[i % QUADS * 4 + i / QUADS];
-    store_run(view.base, view.dtype, (sample * positions + position) * QUADS, memory);
+    store_run(view.base, view.dtype, element_at(sample, positions, position) * QUADS, memory);
   }
 };
 
@@ -359,7 +359,7 @@ __device__ __forceinline__ void load_image(const Tile& tile, const ForwardPlan& 
                                            const ForwardSample& sample,
                                            float (&x_0)[4 * Tile::QUADS]) {
   const int64_t positions = plan.height * plan.width;
-  const int64_t start = sample.row * plan.channels * positions;
+  const int64_t start = element_at(sample.row, plan.channels * positions, 0);
   if (Tile::VECTOR && !sample.mirrored) {
     const View view{const_cast<void*>(plan.x_0), plan.x_0_dtype, plan.channels, positions, false};
     tile.load(view, sample.row, 0, x_0);

@@ -51,6 +51,8 @@ struct ReverseStep {
   float prev_of_x_0, prev_of_x_t, prev_of_out;
   float std;
   float log_std, log_std_of_value;  // learned variance: std = exp(log_std + log_std_of_value v)
+  // The terms that the formula has: an absent one is no product with 0, which makes infinity NaN.
+  bool x_0_has_x_t, prev_has_x_t, prev_has_out;
 };
 
 struct ReverseRule {
@@ -68,6 +70,7 @@ DDPM_FAST_INLINE ReverseStep reverse_ddpm(double abar, double abar_prev, const R
   const double small = beta * (1.0 - abar_prev) / (1.0 - abar);
   step.prev_of_x_0 = float(sqrt(abar_prev) * beta / (1.0 - abar));
   step.prev_of_x_t = float(sqrt(alpha) * (1.0 - abar_prev) / (1.0 - abar));
+  step.prev_has_x_t = true;
   step.std = float(sqrt(rule.variance == Variance::fixed_small ? small : beta));
   if (rule.variance == Variance::learned) {
     step.log_std_of_value = 0.5f;
@@ -101,6 +104,8 @@ DDPM_FAST_INLINE ReverseStep reverse_ddim(double abar, double abar_prev, const R
   step.prev_of_x_0 = float(of_x_0);
   step.prev_of_x_t = float(of_x_t);
   step.prev_of_out = float(of_out);
+  step.prev_has_out = rule.clip == Clip::none || !rule.recompute_eps;
+  step.prev_has_x_t = !step.prev_has_out || rule.prediction != Prediction::eps;
   step.std = float(std);
   return step;
 }
@@ -109,6 +114,7 @@ DDPM_FAST_INLINE ReverseStep reverse_ddim(double abar, double abar_prev, const R
 DDPM_FAST_INLINE ReverseStep reverse_step(double abar, double abar_prev, const ReverseRule& rule) {
   ReverseStep step =
       rule.eta < 0.0 ? reverse_ddpm(abar, abar_prev, rule) : reverse_ddim(abar, abar_prev, rule);
+  step.x_0_has_x_t = rule.prediction != Prediction::x_0;
   if (rule.prediction == Prediction::eps) {
     step.x_0_of_x_t = float(1.0 / sqrt(abar));
     step.x_0_of_out = float(-sqrt(1.0 / abar - 1.0));
@@ -131,7 +137,8 @@ DDPM_FAST_INLINE float guided(float conditional, float unconditional, float guid
 }
 
 DDPM_FAST_INLINE float raw_x_0(float x_t, float out, const ReverseStep& step) {
-  return step.x_0_of_x_t * x_t + step.x_0_of_out * out;
+  const float of_out = step.x_0_of_out * out;
+  return step.x_0_has_x_t ? step.x_0_of_x_t * x_t + of_out : of_out;
 }
 
 // A NaN stays one, as in torch.clamp.
@@ -148,7 +155,10 @@ DDPM_FAST_INLINE float clipped(float x_0, Clip clip, float limit) {
 }
 
 DDPM_FAST_INLINE float previous(float x_0, float x_t, float out, const ReverseStep& step) {
-  return step.prev_of_x_0 * x_0 + step.prev_of_x_t * x_t + step.prev_of_out * out;
+  float sum = step.prev_of_x_0 * x_0;
+  if (step.prev_has_x_t) sum += step.prev_of_x_t * x_t;
+  if (step.prev_has_out) sum += step.prev_of_out * out;
+  return sum;
 }
 
 // e^x for |x| <= 87: x = n ln 2 + f, then the polynomial in f of Cephes' expf; clamped beyond.

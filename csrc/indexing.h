@@ -22,12 +22,17 @@ DDPM_FAST_INLINE Piece piece_at(int64_t index, int64_t elements, int64_t size) {
   return {sample, first, left < size ? left : size};
 }
 
+// Offset of element e of a sample among dense samples of so many elements.
+DDPM_FAST_INLINE int64_t element_at(int64_t sample, int64_t elements, int64_t e) {
+  return sample * elements + e;
+}
+
 // Offset of logical element e of a sample whose tensor has `channels` channels; a sample of it
 // starts at sample * channels * positions.
 DDPM_FAST_INLINE int64_t offset_of(int64_t sample, int64_t e, int64_t channels, int64_t positions,
                                    bool channels_last) {
-  const int64_t start = sample * channels * positions;
-  return channels_last ? start + e % positions * channels + e / positions : start + e;
+  return element_at(sample, channels * positions,
+                    channels_last ? e % positions * channels + e / positions : e);
 }
 
 // Element e of an image mirrored left to right, in rows of `width`.

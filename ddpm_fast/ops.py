@@ -6,7 +6,8 @@ impl  "auto"       our kernel: Triton's on CUDA, the compiled extension's everyw
       "fused"      our kernel, or a RuntimeError with the command that mends it
       "reference"  plain torch
 The environment variable DDPM_FAST_IMPL replaces "auto". With DDPM_FAST_CHECK=1 the values of
-arguments on a CUDA device are checked as those on the CPU are, which makes the host wait.
+arguments on a CUDA device are checked as those on the CPU are, which makes the host wait (only
+group_norm_silu never looks into its rng).
 """
 
 from ddpm_fast.kernels.attention import attention

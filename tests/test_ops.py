@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -118,6 +119,17 @@ FILL_ERRORS = [
     ({"shape": (3, 2**34 + 1)}, r"elements=17179869185 .*4 \* 2\*\*32"),
     ({"dtype": torch.int64}, r"dtype=torch.int64 must be floating"),
     ({"impl": "triton"}, r"impl='triton' must be one of auto, fused, reference"),
+    ({"shape": 5}, r"shape=5 must be \(N, \.\.\.\) with sizes >= 0"),
+    ({"shape": (2.0, 3)}, r"shape=\(2.0, 3\) must be"),
+    ({"shape": (True, 3)}, r"shape=\(True, 3\) must be"),
+    ({"shape": "ab"}, r"shape='ab' must be"),
+    ({"shape": None}, r"shape=None must be"),
+    ({"shape": torch.tensor([2, 3])}, r"shape is a Tensor, must be"),
+    ({"dtype": "f"}, r"dtype='f' must be floating"),
+    ({"dtype": None}, r"dtype=None must be floating"),
+    ({"device": None}, r"device=None must be a torch.device or a name"),
+    ({"device": "nope"}, r"device='nope' must be a torch.device or a name"),
+    ({"seed": torch.tensor(1)}, r"seed is a Tensor, must be an int"),
 ]
 
 
@@ -125,8 +137,14 @@ FILL_ERRORS = [
 @pytest.mark.parametrize(("changes", "message"), FILL_ERRORS)
 def test_bad_arguments_of_a_fill_name_the_value_and_the_rule(fill, changes, message):
     arguments = {"shape": (3, 4), "seed": 0} | changes
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as raised:
         fill(arguments.pop("shape"), **arguments)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("shape", [[2, 3], torch.Size((2, 3)), (np.int64(2), 3)])
+def test_any_sequence_of_integers_is_a_shape(shape):
+    assert torch.equal(ops.philox_normal(shape, seed=1), ops.philox_normal((2, 3), seed=1))
 
 
 def test_the_largest_counters_are_allowed():
@@ -142,13 +160,21 @@ WORD_ERRORS = [
     (torch.zeros(4, dtype=torch.int32), torch.zeros(2, dtype=torch.int64), r"counter has dtype"),
     (torch.tensor([0, 0, 0, 2**32]), torch.zeros(2, dtype=torch.int64), r"holds 4294967296"),
     (torch.zeros(4, dtype=torch.int64), torch.tensor([0, -1]), r"key holds -1"),
-]
+    ([1, 2, 3, 4], torch.arange(2), r"counter is a list, must be a tensor: int64 \(\.\.\., 4\)"),
+    (torch.arange(4), None, r"key=None must be a tensor: int64 \(\.\.\., 2\)"),
+    (torch.arange(4), torch.arange(2).to("meta"), r"counter is on cpu, key on meta"),
+    (
+        torch.zeros(3, 4, dtype=torch.int64), torch.zeros(2, 2, dtype=torch.int64),
+        r"key has shape \(2, 2\), must be \(\.\.\., 2\) and broadcast against counter's \(3, 4\)",
+    ),
+]  # fmt: skip
 
 
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(("counter", "key", "message"), WORD_ERRORS)
-def test_bad_words_name_the_value_and_the_rule(counter, key, message):
+def test_bad_words_name_the_value_and_the_rule(impl, counter, key, message):
     with pytest.raises(ValueError, match=message):
-        ops.philox_words(counter, key)
+        ops.philox_words(counter, key, impl=impl)
 
 
 DROPOUT_ERRORS = [
@@ -163,6 +189,12 @@ DROPOUT_ERRORS = [
     ({"rng": torch.tensor([0, 2**32, 0])}, r"step=4294967296"),
     ({"rng": torch.tensor([0, 0, 2**32 - 1])}, r"first_index=4294967295 \+ 2 samples"),
     ({"stream": -1}, r"stream=-1"),
+    ({"stream": 16.5}, r"stream=16.5 must be an int"),
+    ({"p": "a"}, r"p='a' must be in \[0, 1\]"),
+    ({"p": None}, r"p=None must be in"),
+    ({"p": torch.tensor(0.5)}, r"p is a Tensor, must be in"),
+    ({"x": [1.0]}, r"x is a list, must be a tensor: floating \(N, \.\.\.\)"),
+    ({"rng": [1, 2, 3]}, r"rng is a list, must be a tensor: int64 \(3,\)"),
     ({"impl": "nope"}, r"impl='nope'"),
 ]
 

@@ -21,6 +21,7 @@ from ddpm_fast.diffusion.schedule import sampling_timesteps
 from ddpm_fast.errors import nearest
 from ddpm_fast.graphs import CapturedCall
 from ddpm_fast.kernels.philox import Stream
+from ddpm_fast.kernels.philox_counters import check_counters
 
 SAMPLERS = ("ddim", "ddpm")
 FIXED_VARIANCES = ("fixed_large", "fixed_small")  # the net predicts eps alone
@@ -172,16 +173,23 @@ class Sampler:
                 )
         if self._null is not None and y is None:
             raise ValueError("guidance is between classes and none: give y, (N,) int64")
+        check_counters(
+            seed=seed, stream=Stream.SAMPLER_START, step=0, first_index=first_index,
+            samples=num_images, elements=math.prod(self.shape),
+        )  # fmt: skip
         images = torch.empty((num_images, *self.shape), device=self.device)
         with torch.inference_mode(), _eval_mode(self.net):
             self._seed.fill_(seed)
             for start in range(0, num_images, self.batch_size):
                 rows = slice(start, start + self.batch_size)
-                self._start(None if x_T is None else x_T[rows], seed, first_index + start)
+                # No image has a number from 2^32 on: the last batch is padded in front, too.
+                ahead = max(0, first_index + start + self.batch_size - 2**32)
+                number = first_index + start - ahead
+                self._start(None if x_T is None else x_T[rows], seed, number, ahead)
                 if y is not None:
-                    self._y.copy_(_pad(y[rows].to(self.device), self.batch_size))
+                    self._y.copy_(_pad(y[rows].to(self.device), self.batch_size, ahead))
                 self._denoise(y is not None, on_step)
-                images[rows] = self._x[: images[rows].shape[0]]
+                images[rows] = self._x[ahead : ahead + images[rows].shape[0]]
         return images.clamp(-1, 1) if self.clip else images
 
     @property
@@ -189,14 +197,17 @@ class Sampler:
         """Why a step is launched anew each time; None: it is one graph, or was not called yet."""
         return self._steps[False].why_not or self._steps[True].why_not
 
-    def _start(self, x_T: Tensor | None, seed: int, first_index: int) -> None:
-        """Fill the buffers for the batch that begins with image `first_index`."""
+    def _start(self, x_T: Tensor | None, seed: int, first_index: int, ahead: int) -> None:
+        """Fill the buffers for the batch that begins with image `first_index`; x_T's are `ahead`
+        later."""
         if x_T is None:
-            x_T = ops.philox_normal(
+            start = ops.philox_normal(
                 tuple(self._x.shape), seed=seed, stream=Stream.SAMPLER_START,
                 first_index=first_index, device=self.device,
             )  # fmt: skip
-        self._x.copy_(_pad(x_T.to(self.device), self.batch_size))
+        else:
+            start = _pad(x_T.to(self.device), self.batch_size, ahead)
+        self._x.copy_(start)
         self._input.copy_(self._x)
         self._first_index.fill_(first_index)
         self._at.zero_()
@@ -287,10 +298,13 @@ def _image_shape(
     return channels, height, width
 
 
-def _pad(rows: Tensor, batch_size: int) -> Tensor:
-    """Repeat the last row until there are batch_size."""
-    missing = batch_size - rows.shape[0]
-    return rows if missing == 0 else torch.cat((rows, rows[-1:].expand(missing, *rows.shape[1:])))
+def _pad(rows: Tensor, batch_size: int, ahead: int) -> Tensor:
+    """Repeat the first row `ahead` times before it, and the last one until there are batch_size."""
+    behind = batch_size - ahead - rows.shape[0]
+    if ahead == behind == 0:
+        return rows
+    size = rows.shape[1:]
+    return torch.cat((rows[:1].expand(ahead, *size), rows, rows[-1:].expand(behind, *size)))
 
 
 @contextmanager

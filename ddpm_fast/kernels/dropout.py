@@ -10,15 +10,16 @@ counters, on the gradient, and no mask is stored.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ddpm_fast.kernels import extension, philox
-from ddpm_fast.kernels.extension import PLAIN_TENSORS
-from ddpm_fast.kernels.philox_counters import check_counters
+from ddpm_fast.kernels.argument_checks import check_number, check_tensor
+from ddpm_fast.kernels.gradients import refuse_forward_tangents
+from ddpm_fast.kernels.philox_counters import check_counters, check_stream
 from ddpm_fast.kernels.spec import Case, Inputs, KernelSpec
 
 LANE_VALUES = 65536
@@ -39,12 +40,13 @@ def dropout(
     x        (N, ...)  floating; any memory layout, the mask depends on the logical index only
     p        probability of a zero, 0 <= p <= 1, rounded to a multiple of 2**-16
     rng      (3,)      int64 [seed, step, first_index] on x's device, in the ranges of
-                       philox_normal (checked on CPU; a CUDA kernel reads them on the device)
+                       philox_normal (checked on CPU, on CUDA with DDPM_FAST_CHECK=1)
     stream   0 <= stream < 2**32; Stream.DROPOUT + the layer's number
     training False: returns x
     returns  like x: kept elements times 1 / (1 - p), channels-last if x is; p == 0: x itself
     raises   ValueError    shape, dtype, device or a value outside its range
-             RuntimeError  impl="fused" without the extension
+             RuntimeError  impl="fused" without the extension; differentiating the kernel in
+                           forward mode
     source   this file's first lines; Srivastava et al. 2014
     """
     _check(x, p, rng, stream)
@@ -52,24 +54,25 @@ def dropout(
     if not training or p == 0:
         return x
     threshold = threshold_of(p)
-    compiling = torch.compiler.is_compiling()
     if not fused:
-        if not compiling and rng.device.type == "cpu":
-            check_rng(x, tuple(rng.tolist()), stream)
+        if extension.may_read(rng):
+            check_rng(x, rng.tolist(), stream)
         return reference(x, rng, threshold, stream)
-    if compiling:
-        return torch.ops.ddpm_fast.dropout(x, rng, threshold, stream)
-    return _eager(x, rng, threshold, stream)
+    refuse_forward_tangents(x)
+    return _run(x, rng, threshold, stream)
 
 
 def _check(x: Tensor, p: float, rng: Tensor, stream: int) -> None:
+    check_number("p", p, "in [0, 1]")
     if not 0 <= p <= 1:
         raise ValueError(f"p={p} must be in [0, 1]")
+    check_tensor("x", x, "floating (N, ...)")
     if x.dim() == 0:
         raise ValueError("x has no dimension, must be (N, ...)")
     if x.dtype not in extension.DTYPE_CODES:
         allowed = ", ".join(str(dtype) for dtype in extension.DTYPE_CODES)
         raise ValueError(f"x has dtype {x.dtype}, must be one of {allowed}")
+    check_tensor("rng", rng, "int64 (3,), [seed, step, first_index]")
     if rng.dtype != torch.int64 or rng.shape != (3,) or not rng.is_contiguous():
         raise ValueError(
             f"rng is {rng.dtype} {tuple(rng.shape)}, must be a contiguous int64 tensor"
@@ -77,8 +80,7 @@ def _check(x: Tensor, p: float, rng: Tensor, stream: int) -> None:
         )
     if rng.device != x.device:
         raise ValueError(f"rng is on {rng.device}, must be on x's device {x.device}")
-    if not 0 <= stream < 2**32:
-        raise ValueError(f"stream={stream} must satisfy 0 <= stream < 2**32")
+    check_stream(stream)
 
 
 def threshold_of(p: float) -> int:
@@ -127,7 +129,7 @@ def reference(x: Tensor, rng: Tensor, threshold: int, stream: int) -> Tensor:
     return from_counting_order(y.to(x.dtype), x)
 
 
-def check_rng(x: Tensor, values: tuple[int, int, int], stream: int) -> None:
+def check_rng(x: Tensor, values: Sequence[int], stream: int) -> None:
     """Raises ValueError if rng's values, as read on the host, leave the counters' ranges."""
     seed, step, first_index = values
     check_counters(
@@ -151,6 +153,8 @@ def launch(x: Tensor, rng: Tensor, threshold: int, stream: int) -> Tensor:
     plan = (x.shape[0], math.prod(x.shape[1:]), stream, threshold, scale_of(threshold))
     values = in_counting_order(x)
     if x.device.type == "cuda":
+        if extension.may_read(rng):
+            check_rng(x, rng.tolist(), stream)
         return from_counting_order(_launch_cuda(values, rng, plan), x)
     seed, step, first_index = rng.tolist()
     check_rng(x, (seed, step, first_index), stream)
@@ -218,11 +222,11 @@ class _Dropout(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple:
         (rng,) = ctx.saved_tensors
-        return _eager(dy, rng, ctx.threshold, ctx.stream), None, None, None
+        return _run(dy, rng, ctx.threshold, ctx.stream), None, None, None
 
 
-def _eager(x: Tensor, rng: Tensor, threshold: int, stream: int) -> Tensor:
-    if type(x) not in PLAIN_TENSORS:
+def _run(x: Tensor, rng: Tensor, threshold: int, stream: int) -> Tensor:
+    if not extension.has_memory(x, rng):
         return torch.ops.ddpm_fast.dropout(x, rng, threshold, stream)
     if x.requires_grad and torch.is_grad_enabled():
         return _Dropout.apply(x, rng, threshold, stream)

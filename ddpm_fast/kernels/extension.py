@@ -95,31 +95,59 @@ def cuda_target(device: torch.device) -> tuple[int, int]:
     return device.index, torch.cuda.current_stream(device).cuda_stream
 
 
-def may_read(tensor: Tensor) -> bool:
-    """Whether a check may read the tensor's values on the host.
+def has_memory(*tensors: Tensor | None) -> bool:
+    """Whether these tensors, and new ones, are real: they have values and an address.
+
+    Not while compiling, of a subclass, or under a dispatch mode: that of fake tensors makes every
+    tensor fake, and others, such as a profiler's, are to see the op.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    for tensor in tensors:  # noqa: SIM110  a generator takes 0.5 us more
+        if tensor is not None and type(tensor) not in PLAIN_TENSORS:
+            return False
+    return True
+
+
+def may_read(first: Tensor, *others: Tensor | None) -> bool:
+    """Whether a check may read the values of these tensors of one device on the host.
 
     On CPU yes. On CUDA the host would wait: only with DDPM_FAST_CHECK=1, and not while a graph is
-    captured. Never while compiling, or of a subclass.
+    captured. Never where they may have none: see :func:`has_memory`.
     """
-    if torch.compiler.is_compiling() or type(tensor) not in PLAIN_TENSORS:
+    if not has_memory(first, *others):
         return False
-    if tensor.device.type == "cpu":
+    device_type = first.device.type
+    if device_type == "cpu":
         return True
-    if tensor.device.type != "cuda" or os.environ.get("DDPM_FAST_CHECK") != "1":
+    if device_type != "cuda" or os.environ.get("DDPM_FAST_CHECK") != "1":
         return False
     return not torch.cuda.is_current_stream_capturing()
 
 
 def may_launch(*tensors: Tensor | None) -> bool:
-    """Whether an op of these tensors needs no dispatcher: eager, plain tensors, no gradient."""
-    if torch.compiler.is_compiling():
+    """Whether an op of these tensors needs no dispatcher: they have memory, and no gradient."""
+    if not has_memory(*tensors):
         return False
-    recording = torch.is_grad_enabled()
-    return all(
-        tensor is None
-        or (type(tensor) in PLAIN_TENSORS and not (recording and tensor.requires_grad))
-        for tensor in tensors
-    )
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return False
+    return True
+
+
+def runs_fused(impl: str, device: torch.device, what: str, *dtypes: torch.dtype) -> bool:
+    """As use_extension, for ops that have no fp64: ValueError for a "fused" one.
+
+    what  names whose the dtypes are
+    """
+    fused = use_extension(impl, device)
+    if torch.float64 not in dtypes:
+        return fused
+    if chosen_impl(impl) == "fused":
+        allowed = "torch.float32, torch.float16, torch.bfloat16"
+        raise ValueError(f'{what} is float64, impl="fused" takes {allowed}')
+    return False
 
 
 def address(tensor: Tensor | None) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Optional = Tensor | None
 _AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
@@ -61,6 +62,17 @@ def empty_gradients(inputs: Sequence[Optional], wants: Sequence[bool]) -> tuple[
         x.new_empty(x.shape) if wanted else first.new_empty((0,))
         for x, wanted in zip(inputs, wants, strict=True)
     )
+
+
+def refuse_forward_tangents(*inputs: Optional) -> None:
+    """RuntimeError if one carries a tangent, which an op without a rule for it would lose."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    for x in inputs:
+        if x is not None and forward_ad.unpack_dual(x).tangent is not None:
+            raise RuntimeError(
+                "the kernel has no forward-mode derivative; use impl='reference' with dual tensors"
+            )
 
 
 def refuse_second_derivative() -> None:

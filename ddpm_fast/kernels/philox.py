@@ -10,8 +10,9 @@ normal  : Box-Muller on the pairs (a, b) = (w0, w1) -> (z0, z1) and (w2, w3) -> 
           z0 = sqrt(-2 ln u) cos(2 pi b / 2^32)
           z1 = sqrt(-2 ln u) sin(2 pi b / 2^32)     |z| <= 6.67
 
-The words agree bit for bit between this file's reference and csrc/philox.h, the normals within
-2e-6: there they are fp32 polynomials, here fp64 functions rounded to fp32.
+The words agree bit for bit between this file's reference, csrc/philox.h and the Triton kernels,
+which draw words only (dropout's). The normals of the first two agree within 2e-6: there they are
+fp32 polynomials, here fp64 functions rounded to fp32.
 """
 
 import math
@@ -22,6 +23,13 @@ import torch
 from torch import Tensor
 
 from ddpm_fast.kernels import extension
+from ddpm_fast.kernels.argument_checks import (
+    as_device,
+    as_shape,
+    bounds_of,
+    check_tensor,
+    given,
+)
 from ddpm_fast.kernels.philox_counters import (
     MASK,
     Counter,
@@ -38,28 +46,47 @@ def philox_words(counter: Tensor, key: Tensor, *, impl: str = "auto") -> Tensor:
     counter (..., 4)  int64 holding uint32, words c0..c3
     key     (..., 2)  int64 holding uint32, words k0, k1; broadcast against counter
     returns (..., 4)  int64 holding uint32
-    raises  ValueError    shape, dtype or device; on CPU also a value outside 0..2**32 - 1
+    raises  ValueError    shape, dtype, device or a value outside 0..2**32 - 1 (on CUDA only
+                          with DDPM_FAST_CHECK=1)
             RuntimeError  impl="fused" without the extension
     source  Salmon et al. 2011; the test vectors of Random123
     """
     for name, tensor, width in (("counter", counter, 4), ("key", key, 2)):
+        check_tensor(name, tensor, f"int64 (..., {width})")
         if tensor.dtype != torch.int64:
             raise ValueError(f"{name} has dtype {tensor.dtype}, must be torch.int64 holding uint32")
         if tensor.dim() == 0 or tensor.shape[-1] != width:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, must be (..., {width})")
-        if not torch.compiler.is_compiling() and tensor.device.type == "cpu" and tensor.numel():
-            low, high = (int(bound) for bound in tensor.aminmax())
-            if low < 0 or high >= 2**32:
-                wrong = low if low < 0 else high
-                raise ValueError(f"{name} holds {wrong}, values must be in 0..2**32 - 1")
     if counter.device != key.device:
         raise ValueError(f"counter is on {counter.device}, key on {key.device}: must be one device")
-    shape = torch.broadcast_shapes(counter.shape[:-1], key.shape[:-1])
+    shape = _broadcast_shape(counter, key)
     counter, key = counter.expand(*shape, 4), key.expand(*shape, 2)
     if extension.use_extension(impl, counter.device):
         words = torch.ops.ddpm_fast.philox_words(counter.reshape(-1, 4), key.reshape(-1, 2))
         return words.view(*shape, 4)
+    _check_words(counter, key)
     return reference_words(counter, key)
+
+
+def _broadcast_shape(counter: Tensor, key: Tensor) -> torch.Size:
+    sizes = counter.shape[:-1], key.shape[:-1]
+    for a, b in zip(reversed(sizes[0]), reversed(sizes[1]), strict=False):
+        if a != b and a != 1 and b != 1:
+            raise ValueError(
+                f"key has shape {tuple(key.shape)}, must be (..., 2) and broadcast against"
+                f" counter's {tuple(counter.shape)}"
+            )
+    return torch.broadcast_shapes(*sizes)
+
+
+def _check_words(counter: Tensor, key: Tensor) -> None:
+    """ValueError for values that are no uint32, where they may be read."""
+    for name, words in (("counter", counter), ("key", key)):
+        if words.numel() and extension.may_read(words):
+            low, high = bounds_of(words)
+            if low < 0 or high >= 2**32:
+                wrong = low if low < 0 else high
+                raise ValueError(f"{name} holds {wrong}, values must be in 0..2**32 - 1")
 
 
 def philox_normal(
@@ -117,22 +144,20 @@ def _philox_fill(
     device: torch.device | str,
     impl: str,
 ) -> Tensor:
-    shape = tuple(shape)
-    if len(shape) == 0 or any(size < 0 for size in shape):
-        raise ValueError(f"shape={shape} must be (N, ...) with sizes >= 0")
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype={dtype} must be floating")
+    shape = as_shape(shape)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"{given('dtype', dtype)} must be floating")
     elements = 1
     for size in shape[1:]:
         elements *= size
     check_counters(**counters, samples=shape[0], elements=elements)
-    device = torch.device(device)
+    device = as_device(device)
     if not extension.use_extension(impl, device):
         values = reference_fill(shape, normal, **counters, device=device)
-    elif torch.compiler.is_compiling():
-        values = torch.ops.ddpm_fast.philox_fill(shape, normal, **counters, device=device)
-    else:
+    elif extension.may_launch():
         values = launch_fill(shape, normal, **counters, device=device)
+    else:
+        values = torch.ops.ddpm_fast.philox_fill(shape, normal, **counters, device=device)
     return values.to(dtype)
 
 
@@ -253,6 +278,7 @@ _library.define(
 
 
 def _words_op(counter: Tensor, key: Tensor) -> Tensor:
+    _check_words(counter, key)
     return launch_words(counter.contiguous(), key.contiguous())
 
 

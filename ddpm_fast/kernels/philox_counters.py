@@ -7,9 +7,12 @@ import enum
 import torch
 from torch import Tensor
 
-from ddpm_fast.kernels.extension import address, may_read
+from ddpm_fast.kernels.argument_checks import given, is_integer
+from ddpm_fast.kernels.extension import address
 
 MASK = 0xFFFFFFFF
+SEED_RANGE = 2**63, "0 <= seed < 2**63"
+STEP_RANGE = 2**32, "0 <= step < 2**32"
 
 # A tensor: one int64 on the samples' device, which a kernel reads there when it runs, so that a
 # CUDA graph can advance it.
@@ -46,17 +49,16 @@ def check_counters(
 
     elements  of one sample; `lanes` of them share a counter
     """
-    _check_range("seed", seed, 2**63, "0 <= seed < 2**63")
-    _check_range("stream", stream, 2**32, "0 <= stream < 2**32")
-    _check_range("step", step, 2**32, "0 <= step < 2**32")
-    _check_range("first_index", first_index, 2**32, "0 <= first_index < 2**32")
-    if first_index + samples > 2**32:
-        raise ValueError(
-            f"first_index={first_index} + {samples} samples must be at most 2**32: a sample's"
-            " number is a uint32"
-        )
+    _check_range("seed", seed, *SEED_RANGE)
+    check_stream(stream)
+    _check_range("step", step, *STEP_RANGE)
+    _check_first_index(first_index, samples)
     if elements > lanes * 2**32:
         raise ValueError(f"elements={elements} of a sample must be at most {lanes} * 2**32")
+
+
+def check_stream(stream: int) -> None:
+    _check_range("stream", stream, 2**32, "0 <= stream < 2**32")
 
 
 def split_counters(
@@ -70,14 +72,13 @@ def split_counters(
 ) -> Split:
     """Each counter as a host value and a tensor or None, of which the tensor wins.
 
-    raises  ValueError  a value out of its range (a tensor's where it may be read), or a tensor
-                        that is not one int64 on `device`
+    raises  ValueError  an int out of its range, or a tensor that is not one int64 on `device`
     """
     values, tensors = [], []
     for name, counter in (("seed", seed), ("step", step), ("first_index", first_index)):
         if isinstance(counter, Tensor):
             _check_tensor(name, counter, device)
-            values.append(counter.item() if may_read(counter) else 0)
+            values.append(0)
             tensors.append(counter)
         else:
             values.append(counter)
@@ -87,6 +88,17 @@ def split_counters(
         seed=seed, stream=0, step=step, first_index=first_index, samples=samples, elements=elements
     )
     return seed, tensors[0], step, tensors[1], first_index, tensors[2]
+
+
+def check_counter_values(split: Split, samples: int) -> None:
+    """Raises ValueError if a counter in a tensor, which the host may read, is out of its range."""
+    _, seed_at, _, step_at, _, first_index_at = split
+    if seed_at is not None:
+        _check_range("seed", seed_at.item(), *SEED_RANGE)
+    if step_at is not None:
+        _check_range("step", step_at.item(), *STEP_RANGE)
+    if first_index_at is not None:
+        _check_first_index(first_index_at.item(), samples)
 
 
 def joined_counters(split: Split) -> dict[str, Counter]:
@@ -120,10 +132,19 @@ def counter_tensor(counter: Counter, device: torch.device) -> Tensor:
 
 
 def _check_range(name: str, value: int, end: int, rule: str) -> None:
-    if not isinstance(value, int | torch.SymInt) or isinstance(value, bool):
-        raise ValueError(f"{name}={value!r} must be an int, {rule}")
+    if not is_integer(value):
+        raise ValueError(f"{given(name, value)} must be an int, {rule}")
     if not 0 <= value < end:
         raise ValueError(f"{name}={value} must satisfy {rule}")
+
+
+def _check_first_index(first_index: int, samples: int) -> None:
+    _check_range("first_index", first_index, 2**32, "0 <= first_index < 2**32")
+    if first_index + samples > 2**32:
+        raise ValueError(
+            f"first_index={first_index} + {samples} samples must be at most 2**32: a sample's"
+            " number is a uint32"
+        )
 
 
 def _check_tensor(name: str, counter: Tensor, device: torch.device) -> None:

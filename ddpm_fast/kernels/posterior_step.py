@@ -22,11 +22,16 @@ from torch import Tensor
 
 from ddpm_fast.kernels import extension
 from ddpm_fast.kernels import posterior_step_op as op
+from ddpm_fast.kernels.gradients import refuse_forward_tangents
 from ddpm_fast.kernels.philox_counters import Counter, split_counters
-from ddpm_fast.kernels.posterior_step_checks import check_out, check_posterior_step
+from ddpm_fast.kernels.posterior_step_checks import (
+    check_out,
+    check_overlap,
+    check_posterior_step,
+    check_posterior_step_values,
+)
 from ddpm_fast.kernels.posterior_step_launch import launch, launch_into
 from ddpm_fast.kernels.posterior_step_reference import reference
-from ddpm_fast.kernels.q_sample_checks import OUTPUT_DTYPES
 from ddpm_fast.kernels.spec import Case, Inputs, KernelSpec
 
 __all__ = ["SPEC", "posterior_step", "reference"]
@@ -72,8 +77,8 @@ def posterior_step(
                     divide by s, s = max(1, the sample's quantile q of |x_0|)
     recompute_eps   DDIM's direction from the clamped x_0 (guided-diffusion), else from the net's
                     output (diffusers)
-    unconditional   like model_output: the output becomes u + guidance (output - u); the variance
-                    stays the conditional one
+    unconditional   like model_output: the output becomes u + guidance (output - u), of which
+                    guidance alone is an error; the variance stays the conditional one
     noise           like x_t, floating; None: drawn by counter
     seed, step, first_index  ints, or one int64 on x_t's device each, as q_sample's
     copy_dtype      fp32|bf16|fp16: also return a copy of x_prev in it
@@ -82,7 +87,8 @@ def posterior_step(
     returns         x_prev, x_0 (and copy)  in x_t's dtype and layout
     raises          ValueError    shape, dtype, device, overlap, or a value outside its range (of
                                   tensors on CUDA only with DDPM_FAST_CHECK=1)
-                    RuntimeError  impl="fused" without the extension; differentiating it twice
+                    RuntimeError  impl="fused" without the extension; differentiating the kernel
+                                  twice or in forward mode
     source          Ho et al. 2020, eq. 7; Song et al. 2020, eq. 12; Nichol & Dhariwal 2021, eq. 15;
                     Saharia et al. 2022, section 2.3; Salimans & Ho 2022 for v
 
@@ -90,19 +96,26 @@ def posterior_step(
     """
     check_posterior_step(
         x_t, model_output, t, alphas_cumprod, t_prev, eta, variance, prediction, clip,
-        dynamic_threshold, unconditional, noise, copy_dtype,
+        dynamic_threshold, recompute_eps, unconditional, guidance, noise, copy_dtype,
     )  # fmt: skip
     counters = split_counters(
         seed, step, first_index, samples=x_t.shape[0], elements=math.prod(x_t.shape[1:]),
         device=x_t.device,
     )  # fmt: skip
-    t_prev = t - 1 if t_prev is None else t_prev
     inputs = x_t, model_output, unconditional, noise
     if out is not None:
         check_out(out, inputs, copy_dtype)
-    if not _runs_fused(impl, x_t, model_output):
+    t, t_at = (0, t) if isinstance(t, Tensor) else (t, None)
+    t_prev, t_prev_at = (None, t_prev) if isinstance(t_prev, Tensor) else (t_prev, None)
+    times = t, t_at, t_prev, t_prev_at
+    dtypes = x_t.dtype, model_output.dtype
+    if not extension.runs_fused(impl, x_t.device, "x_t or model_output", *dtypes):
+        check_posterior_step_values(x_t, alphas_cumprod, times, counters)
+        if out is not None and extension.has_memory(*inputs, *out):
+            check_overlap(out, (*inputs, alphas_cumprod), times, counters)
         results = reference(
-            x_t, model_output, t, alphas_cumprod, t_prev=t_prev, eta=eta, variance=variance,
+            x_t, model_output, t if t_at is None else t_at, alphas_cumprod,
+            t_prev=t_prev if t_prev_at is None else t_prev_at, eta=eta, variance=variance,
             prediction=prediction, clip=clip, dynamic_threshold=dynamic_threshold,
             recompute_eps=recompute_eps, unconditional=unconditional, guidance=guidance,
             noise=noise, seed=seed, step=step, first_index=first_index, copy_dtype=copy_dtype,
@@ -112,13 +125,11 @@ def posterior_step(
         for written, result in zip(out, results, strict=True):
             written.copy_(result)
         return tuple(out)
-    t, t_at = (0, t) if isinstance(t, Tensor) else (t, None)
-    t_prev, t_prev_at = (0, t_prev) if isinstance(t_prev, Tensor) else (t_prev, None)
     arguments = (
-        x_t, model_output, unconditional, float(guidance), alphas_cumprod, t, t_at, t_prev,
-        t_prev_at, eta, variance, prediction, clip, dynamic_threshold, recompute_eps, noise,
-        *counters,
+        x_t, model_output, unconditional, float(guidance), alphas_cumprod, *times, eta, variance,
+        prediction, clip, dynamic_threshold, recompute_eps, noise, *counters,
     )  # fmt: skip
+    refuse_forward_tangents(*inputs)
     direct = extension.may_launch(*inputs)
     if out is not None:
         copy = out[2] if len(out) == 3 else None
@@ -126,17 +137,6 @@ def posterior_step(
         return tuple(out)
     results = (launch if direct else op.call)(*arguments, copy_dtype)
     return results[:2] if copy_dtype is None else results
-
-
-def _runs_fused(impl: str, x_t: Tensor, model_output: Tensor) -> bool:
-    """Whether `impl` means the extension; it has no fp64."""
-    fused = extension.use_extension(impl, x_t.device)
-    if torch.float64 not in (x_t.dtype, model_output.dtype):
-        return fused
-    if impl == "fused":
-        allowed = ", ".join(map(str, OUTPUT_DTYPES))
-        raise ValueError(f'x_t or model_output is float64, impl="fused" takes {allowed}')
-    return False
 
 
 def _make_inputs(values: Mapping[str, Any], dtype: torch.dtype, device: str, seed: int) -> Inputs:

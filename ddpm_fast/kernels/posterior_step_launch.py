@@ -11,39 +11,58 @@ from ddpm_fast.kernels import extension
 from ddpm_fast.kernels.dropout import memory_format_of
 from ddpm_fast.kernels.extension import address
 from ddpm_fast.kernels.philox_counters import counter_arguments
-from ddpm_fast.kernels.posterior_step_checks import VARIANCES
+from ddpm_fast.kernels.posterior_step_checks import (
+    VARIANCES,
+    check_overlap,
+    check_posterior_step_values,
+)
 from ddpm_fast.kernels.q_sample_checks import PREDICTIONS
 
 
-def empty_outputs(x_t: Tensor, copy_dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
-    """x_prev, x_0 and the copy, which is (0,) without a copy_dtype; uninitialised."""
+def empty_outputs(
+    x_t: Tensor, copy_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x_prev, x_0 and with a copy_dtype the copy; uninitialised."""
     layout = memory_format_of(x_t)
     x_prev, x_0 = (torch.empty_like(x_t, memory_format=layout) for _ in range(2))
     if copy_dtype is None:
-        return x_prev, x_0, x_t.new_empty((0,))
+        return x_prev, x_0, None
     return x_prev, x_0, torch.empty_like(x_t, dtype=copy_dtype, memory_format=layout)
 
 
-def launch(x_t: Tensor, *rest) -> tuple[Tensor, Tensor, Tensor]:
+def launch(x_t: Tensor, *rest) -> tuple[Tensor, Tensor, Tensor | None]:
     """`reference` by the extension, in one pass; rest: launch_into's up to the outputs, then
     copy_dtype."""
     *arguments, copy_dtype = rest
-    x_prev, x_0, copy = empty_outputs(x_t, copy_dtype)
-    launch_into(x_t, *arguments, x_prev, x_0, None if copy_dtype is None else copy)
-    return x_prev, x_0, copy
+    outputs = empty_outputs(x_t, copy_dtype)
+    launch_into(x_t, *arguments, *outputs, outputs_are_new=True)
+    return outputs
 
 
 def launch_into(
     x_t: Tensor, model_output: Tensor, unconditional: Tensor | None, guidance: float,
-    alphas_cumprod: Tensor, t: int, t_at: Tensor | None, t_prev: int, t_prev_at: Tensor | None,
-    eta: float | None, variance: str, prediction: str, clip: bool,
+    alphas_cumprod: Tensor, t: int, t_at: Tensor | None, t_prev: int | None,
+    t_prev_at: Tensor | None, eta: float | None, variance: str, prediction: str, clip: bool,
     dynamic_threshold: float | None, recompute_eps: bool, noise: Tensor | None, seed: int,
     seed_at: Tensor | None, step: int, step_at: Tensor | None, first_index: int,
-    first_index_at: Tensor | None, x_prev: Tensor, x_0: Tensor, copy: Tensor | None,
+    first_index_at: Tensor | None, x_prev: Tensor, x_0: Tensor, copy: Tensor | None, *,
+    outputs_are_new: bool = False,
 ) -> None:  # fmt: skip
-    """The same into given tensors, which have x_t's shape and layout; x_prev may be x_t."""
+    """The same into given tensors, which have x_t's shape and layout; x_prev may be x_t.
+
+    The ops themselves: eager and compiled code come here, so here values and memory are checked.
+    """
+    times = t, t_at, t_prev, t_prev_at
+    counters = (seed, seed_at, step, step_at, first_index, first_index_at)
+    check_posterior_step_values(x_t, alphas_cumprod, times, counters)
+    if not outputs_are_new:
+        out = (x_prev, x_0) if copy is None else (x_prev, x_0, copy)
+        inputs = x_t, model_output, unconditional, noise, alphas_cumprod
+        check_overlap(out, inputs, times, counters)
     if x_t.shape[0] == 0:
         return
+    if t_prev is None and t_prev_at is None:
+        t_prev, t_prev_at = t - 1, None if t_at is None else t_at - 1
     # Held by name until the call is over: an address keeps nothing alive.
     cuda = x_t.device.type == "cuda"
     layout = memory_format_of(x_t) if cuda else torch.contiguous_format  # the CPU's kernel has one
@@ -58,7 +77,6 @@ def launch_into(
     direct = x_prev.dtype == torch.float32 and x_prev.is_contiguous(memory_format=layout)
     kernel_x_prev, kernel_x_0 = (x_prev, x_0) if direct else (torch.empty_like(x) for _ in range(2))
     kernel_copy = copy if cuda else None
-    counters = (seed, seed_at, step, step_at, first_index, first_index_at)
     arguments = {
         "samples": x.shape[0], "channels": x.shape[1], "positions": math.prod(x.shape[2:]),
         "x_t": x.data_ptr(),
@@ -67,7 +85,7 @@ def launch_into(
         "unconditional": address(unconditional), "guidance": guidance,
         "alphas_cumprod": table.data_ptr(), "num_timesteps": table.shape[0],
         "t": t, "t_at": address(t_at), "t_stride": _stride(t_at),
-        "t_prev": t_prev, "t_prev_at": address(t_prev_at), "t_prev_stride": _stride(t_prev_at),
+        "t_prev": t_prev or 0, "t_prev_at": address(t_prev_at), "t_prev_stride": _stride(t_prev_at),
         "prediction": PREDICTIONS.index(prediction), "variance": VARIANCES.index(variance),
         "eta": -1.0 if eta is None else eta,
         "recompute_eps": recompute_eps, "clip": clip,

@@ -20,7 +20,7 @@ from ddpm_fast.kernels.posterior_step_reference import reference
 
 _ARGUMENTS = (
     "Tensor x_t, Tensor model_output, Tensor? unconditional, float guidance,"
-    " Tensor alphas_cumprod, SymInt t, Tensor? t_at, SymInt t_prev, Tensor? t_prev_at, float? eta,"
+    " Tensor alphas_cumprod, SymInt t, Tensor? t_at, SymInt? t_prev, Tensor? t_prev_at, float? eta,"
     " str variance, str prediction, bool clip, float? dynamic_threshold, bool recompute_eps,"
     " Tensor? noise, SymInt seed, Tensor? seed_at, SymInt step, Tensor? step_at,"
     " SymInt first_index, Tensor? first_index_at"
@@ -55,7 +55,7 @@ def call_into(*arguments) -> None:
 def _backward_op(
     dx_prev: Tensor | None, dx_0: Tensor | None, dcopy: Tensor | None, x_t: Tensor,
     model_output: Tensor, unconditional: Tensor | None, guidance: float, alphas_cumprod: Tensor,
-    t: int, t_at: Tensor | None, t_prev: int, t_prev_at: Tensor | None, eta: float | None,
+    t: int, t_at: Tensor | None, t_prev: int | None, t_prev_at: Tensor | None, eta: float | None,
     variance: str, prediction: str, clip: bool, dynamic_threshold: float | None,
     recompute_eps: bool, noise: Tensor | None, *counters_and_wants,
 ) -> tuple[Tensor, ...]:  # fmt: skip
@@ -77,15 +77,25 @@ def _backward_op(
     return reference_gradients(outputs, inputs, wants, (dx_prev, dx_0, dcopy))
 
 
+def _op(x_t: Tensor, *rest) -> tuple[Tensor, Tensor, Tensor]:
+    return _with_copy(x_t, launch(x_t, *rest))
+
+
+def _with_copy(x_t: Tensor, outputs: tuple[Tensor, Tensor, Tensor | None]) -> tuple[Tensor, ...]:
+    """An op returns tensors only: (0,) for no copy."""
+    x_prev, x_0, copy = outputs
+    return x_prev, x_0, x_t.new_empty((0,)) if copy is None else copy
+
+
 for _key in ("CPU", "CUDA"):
-    _library.impl("posterior_step", launch, _key)
+    _library.impl("posterior_step", _op, _key)
     _library.impl("posterior_step_out", launch_into, _key)
     _library.impl("posterior_step_backward", _backward_op, _key)
 
 
 @torch.library.register_fake("ddpm_fast::posterior_step")
 def _fake(x_t, *rest):
-    return empty_outputs(x_t, rest[-1])
+    return _with_copy(x_t, empty_outputs(x_t, rest[-1]))
 
 
 @torch.library.register_fake("ddpm_fast::posterior_step_out")

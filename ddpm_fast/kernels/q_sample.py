@@ -24,6 +24,7 @@ from ddpm_fast.kernels import extension
 from ddpm_fast.kernels.gradients import (
     empty_gradients,
     reference_gradients,
+    refuse_forward_tangents,
     refuse_second_derivative,
 )
 from ddpm_fast.kernels.philox import reference_fill, reference_sample_words
@@ -34,7 +35,7 @@ from ddpm_fast.kernels.philox_counters import (
     joined_counters,
     split_counters,
 )
-from ddpm_fast.kernels.q_sample_checks import OUTPUT_DTYPES, check_q_sample
+from ddpm_fast.kernels.q_sample_checks import check_q_sample, check_q_sample_values
 from ddpm_fast.kernels.q_sample_launch import empty_outputs, launch
 from ddpm_fast.kernels.spec import Case, Inputs, KernelSpec
 
@@ -119,20 +120,24 @@ def q_sample(
     returns         x_t, target   (N, C, H, W); then t (N,) if it was drawn
     raises          ValueError    shape, dtype, device, or a value outside its range (of tensors
                                   on CUDA only with DDPM_FAST_CHECK=1)
-                    RuntimeError  impl="fused" without the extension; differentiating it twice
+                    RuntimeError  impl="fused" without the extension; differentiating the kernel
+                                  twice or in forward mode
     source          Ho et al. 2020, eq. 4; v: Salimans & Ho 2022
 
     Differentiable in x_0 and noise.
     """
     check_q_sample(
-        x_0, t, alphas_cumprod, rows, noise, prediction, (out_dtype, target_dtype), memory_format
-    )
+        x_0, t, alphas_cumprod, rows, noise, flip, prediction, (out_dtype, target_dtype),
+        memory_format,
+    )  # fmt: skip
     counters = split_counters(
         seed, step, first_index, samples=(x_0 if rows is None else rows).shape[0],
         elements=math.prod(x_0.shape[1:]), device=x_0.device,
     )  # fmt: skip
     out_dtype, target_dtype = output_dtypes(x_0, out_dtype, target_dtype)
-    if not _runs_fused(impl, x_0, out_dtype, target_dtype):
+    dtypes = x_0.dtype, out_dtype, target_dtype
+    if not extension.runs_fused(impl, x_0.device, "x_0 or an output", *dtypes):
+        check_q_sample_values(x_0, rows, alphas_cumprod, t, counters)
         return reference(
             x_0, t, alphas_cumprod, rows=rows, noise=noise, seed=seed, step=step,
             first_index=first_index, flip=flip, prediction=prediction, out_dtype=out_dtype,
@@ -142,6 +147,7 @@ def q_sample(
         x_0, rows, alphas_cumprod, t, noise, *counters, flip, prediction, out_dtype, target_dtype,
         memory_format == torch.channels_last,
     )  # fmt: skip
+    refuse_forward_tangents(x_0, noise)
     run = launch if extension.may_launch(x_0, noise) else torch.ops.ddpm_fast.q_sample
     x_t, target, drawn = run(*arguments)
     return (x_t, target, drawn) if t is None else (x_t, target)
@@ -154,17 +160,6 @@ def output_dtypes(
     if out_dtype is None:
         out_dtype = torch.float32 if x_0.dtype == torch.uint8 else x_0.dtype
     return out_dtype, out_dtype if target_dtype is None else target_dtype
-
-
-def _runs_fused(impl: str, x_0: Tensor, *output_dtypes: torch.dtype) -> bool:
-    """Whether `impl` means the extension; it has no fp64."""
-    fused = extension.use_extension(impl, x_0.device)
-    if torch.float64 not in (x_0.dtype, *output_dtypes):
-        return fused
-    if impl == "fused":
-        allowed = ", ".join(map(str, OUTPUT_DTYPES))
-        raise ValueError(f'x_0 or an output is float64, impl="fused" takes {allowed}')
-    return False
 
 
 _library = torch.library.Library("ddpm_fast", "FRAGMENT")

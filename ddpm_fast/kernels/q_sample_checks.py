@@ -7,7 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ddpm_fast.kernels.argument_checks import (
+    bounds_of,
+    check_device,
+    check_flag,
+    check_tensor,
+    check_word,
+)
 from ddpm_fast.kernels.extension import may_read
+from ddpm_fast.kernels.philox_counters import Split, check_counter_values
 
 IMAGE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # fp64: reference only
 OUTPUT_DTYPES = IMAGE_DTYPES[:3]
@@ -17,10 +25,11 @@ FORMATS = (torch.contiguous_format, torch.channels_last)
 
 def check_q_sample(
     x_0: Tensor, t: Tensor | None, alphas_cumprod: Tensor, rows: Tensor | None,
-    noise: Tensor | None, prediction: str, dtypes: Sequence[torch.dtype | None],
+    noise: Tensor | None, flip: bool, prediction: str, dtypes: Sequence[torch.dtype | None],
     memory_format: torch.memory_format,
 ) -> None:  # fmt: skip
-    """Raises ValueError; dtypes: out_dtype and target_dtype."""
+    """Raises ValueError; all but the values of tensors. dtypes: out_dtype and target_dtype."""
+    check_tensor("x_0", x_0, "uint8 or floating (N, C, H, W)")
     if x_0.dim() != 4:
         raise ValueError(f"x_0 has shape {tuple(x_0.shape)}, must be (N, C, H, W)")
     if 0 in x_0.shape[1:]:
@@ -28,6 +37,7 @@ def check_q_sample(
     if x_0.dtype not in (torch.uint8, *IMAGE_DTYPES):
         allowed = ", ".join(map(str, (torch.uint8, *IMAGE_DTYPES)))
         raise ValueError(f"x_0 has dtype {x_0.dtype}, must be one of {allowed}")
+    check_flag("flip", flip)
     check_word("prediction", prediction, PREDICTIONS)
     for name, dtype in zip(("out_dtype", "target_dtype"), dtypes, strict=True):
         if dtype is not None and dtype not in IMAGE_DTYPES:
@@ -38,23 +48,34 @@ def check_q_sample(
     check_table(alphas_cumprod, x_0.device)
     samples = x_0.shape[0]
     if rows is not None:
+        check_tensor("rows", rows, "int64 (N,)")
         _check_indices("rows", rows, (rows.numel(),), x_0.device)
-        check_values("rows", rows, 0, samples)
+        if samples == 0 and rows.shape[0] > 0:
+            raise ValueError(f"rows has {rows.shape[0]} indices, but x_0 has no images")
         samples = rows.shape[0]
     if t is not None:
+        check_tensor("t", t, "int64 (N,), or None to draw it")
         _check_indices("t", t, (samples,), x_0.device)
-        check_values("t", t, 0, alphas_cumprod.shape[0])
     if noise is not None:
         check_noise(noise, (samples, *x_0.shape[1:]), x_0.device)
 
 
-def check_word(name: str, word: str, allowed: Sequence[str]) -> None:
-    if word not in allowed:
-        raise ValueError(f"{name}={word!r} must be one of {', '.join(allowed)}")
+def check_q_sample_values(
+    x_0: Tensor, rows: Tensor | None, alphas_cumprod: Tensor, t: Tensor | None, counters: Split
+) -> None:
+    """Raises ValueError for values of tensors, where they may be read."""
+    if not may_read(x_0, rows, t, *counters[1::2]):
+        return
+    if rows is not None:
+        check_values("rows", rows, 0, x_0.shape[0])
+    if t is not None:
+        check_values("t", t, 0, alphas_cumprod.shape[0])
+    check_counter_values(counters, (x_0 if rows is None else rows).shape[0])
 
 
 def check_table(alphas_cumprod: Tensor, device: torch.device) -> None:
     """(T,) fp64 or fp32 on device, a constant."""
+    check_tensor("alphas_cumprod", alphas_cumprod, "float64 or float32 (T,)")
     if alphas_cumprod.dim() != 1 or alphas_cumprod.shape[0] == 0:
         raise ValueError(f"alphas_cumprod has shape {tuple(alphas_cumprod.shape)}, must be (T,)")
     if alphas_cumprod.dtype not in (torch.float64, torch.float32):
@@ -67,6 +88,7 @@ def check_table(alphas_cumprod: Tensor, device: torch.device) -> None:
 
 
 def check_noise(noise: Tensor, shape: Sequence[int], device: torch.device) -> None:
+    check_tensor("noise", noise, f"floating {tuple(shape)}")
     if noise.shape != shape:
         raise ValueError(f"noise has shape {tuple(noise.shape)}, must be {tuple(shape)}")
     if not noise.is_floating_point():
@@ -74,15 +96,10 @@ def check_noise(noise: Tensor, shape: Sequence[int], device: torch.device) -> No
     check_device("noise", noise, device)
 
 
-def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
-    if tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device}, must be on {device} as the images are")
-
-
 def check_values(name: str, index: Tensor, low: int, end: int) -> None:
-    """low <= index < end, where the values may be read."""
-    if may_read(index) and index.numel():
-        least, most = (bound.item() for bound in index.aminmax())
+    """low <= index < end, for values that the host may read."""
+    if index.numel():
+        least, most = bounds_of(index)
         if least < low or most >= end:
             wrong = least if least < low else most
             raise ValueError(f"{name} holds {wrong}, must be from {low} to {end - 1}")

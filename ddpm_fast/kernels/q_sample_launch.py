@@ -8,7 +8,7 @@ from torch import Tensor
 from ddpm_fast.kernels import extension
 from ddpm_fast.kernels.extension import address
 from ddpm_fast.kernels.philox_counters import counter_arguments
-from ddpm_fast.kernels.q_sample_checks import PREDICTIONS
+from ddpm_fast.kernels.q_sample_checks import PREDICTIONS, check_q_sample_values
 
 
 def launch(
@@ -17,7 +17,12 @@ def launch(
     first_index: int, first_index_at: Tensor | None, flip: bool, prediction: str,
     out_dtype: torch.dtype, target_dtype: torch.dtype, channels_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """`reference` by the extension, in one pass; returns x_t, target and t if drawn, else (0,)."""
+    """`reference` by the extension, in one pass; returns x_t, target and t if drawn, else (0,).
+
+    The op itself: eager and compiled code come here, so here values are checked.
+    """
+    counters = (seed, seed_at, step, step_at, first_index, first_index_at)
+    check_q_sample_values(x_0, rows, alphas_cumprod, t, counters)
     cuda = x_0.device.type == "cuda"
     converts = not cuda and x_0.dtype not in (torch.uint8, torch.float32)
     if rows is not None and (converts or not x_0.is_contiguous()):
@@ -37,7 +42,6 @@ def launch(
     rows = None if rows is None else rows.contiguous()
     t = None if t is None else t.contiguous()
     noise = None if noise is None else noise.to(torch.float32).contiguous()
-    counters = (seed, seed_at, step, step_at, first_index, first_index_at)
     arguments = {
         "samples": samples, "channels": x_0.shape[1], "height": x_0.shape[2],
         "width": x_0.shape[3],

@@ -25,12 +25,19 @@ def claims_of(source: str) -> list[str]:
     return re.findall(r"^CLAIM\((\w+)\)", Path(__file__).with_name(source).read_text(), re.M)
 
 
+# 64 bits into 32: an index that is cut off where it is stored, passed or returned.
+NARROWING = ("-Wconversion", "-Wno-sign-conversion", "-Wno-float-conversion")
+NARROWING_OF_CLANG = ("-Wshorten-64-to-32",)
+
+
 def build_program(source: str, out: Path, *flags: str, parts: tuple[str, ...] = ()) -> Path:
     """Compiles a check program of this folder with parts of csrc/, warnings being errors."""
     setup = load_setup()
     here = Path(__file__).parent
     sources = [here / source, *(CSRC / part for part in parts)]
-    command = [*shlex.split(setup.find_cxx()), *setup.CXX_FLAGS, "-g1", "-Werror", *flags]
+    cxx = setup.find_cxx()
+    narrowing = NARROWING_OF_CLANG if "clang" in cxx else NARROWING
+    command = [*shlex.split(cxx), *setup.CXX_FLAGS, *narrowing, "-g1", "-Werror", *flags]
     command += [f"-I{CSRC}", f"-I{here}", *map(str, sources), "-o", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

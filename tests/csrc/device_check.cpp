@@ -1,6 +1,8 @@
 // Claims about the kernels of csrc/cuda.cu, which the host runs (device_on_host.h): each layout and
 // dtype has the bits of the CPU part. Built with ASan and UBSan, which also find an element outside
 // a tensor and a vector access that is not aligned.
+#include <sys/mman.h>
+
 #include "claims.h"
 #include "cuda_on_host.cu"
 
@@ -229,4 +231,101 @@ CLAIM(posterior_step_with_one_tensor_off_its_boundary) {
   for (bool channels_last : {false, true})
     for (int k = 0; k < 6; ++k)
       expect_posterior_step({3, 4, 4}, rule, -1.0, true, true, channels_last, 1 << k);
+}
+
+// Memory of which only the pages that are touched exist.
+template <typename V>
+struct Sparse {
+  explicit Sparse(int64_t count) : bytes(size_t(count) * sizeof(V)) {
+    void* mapped = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    EXPECT(mapped != MAP_FAILED, "no %zu bytes of addresses", bytes);
+    data = static_cast<V*>(mapped);
+  }
+  ~Sparse() { munmap(data, bytes); }
+  size_t bytes;
+  V* data;
+};
+
+constexpr int64_t BEYOND = (int64_t(1) << 33) + 4096;
+
+CLAIM(q_sample_reads_rows_beyond_2_to_the_33_elements) {
+  for (const Shape& s : {Shape{3, 8, 8}, Shape{4, 4, 8}, Shape{3, 5, 7}}) {
+    const int64_t elements = s.channels * s.height * s.width, far = BEYOND / elements;
+    const std::vector<int64_t> rows = {far, far - 1, far}, t = {1, 3, 2};
+    const Sparse<uint8_t> set((far + 1) * elements);
+    std::vector<uint8_t> near;  // the same rows, side by side
+    for (int64_t i = 0; i < 2 * elements; ++i) set.data[(far - 1) * elements + i] = uint8_t(i * 7);
+    for (int64_t row : rows)
+      near.insert(near.end(), set.data + row * elements, set.data + (row + 1) * elements);
+    for (bool flip : {false, true})
+      for (bool channels_last : {false, true}) {
+        ForwardPlan plan = forward_plan(s, Prediction::x_0, flip);
+        plan.x_0_dtype = Dtype::uint8, plan.t = t.data(), plan.channels_last = channels_last;
+        Floats found[2] = {{SAMPLES * elements, 0}, {SAMPLES * elements, 0}};
+        Floats x_t(SAMPLES * elements, 0);
+        for (int is_far : {0, 1}) {
+          plan.x_0 = is_far ? set.data : near.data(), plan.rows = is_far ? rows.data() : nullptr;
+          plan.x_t = x_t.data, plan.target = found[is_far].data;
+          cuda::q_sample(plan, 0, nullptr);
+        }
+        expect_equal(found[1], found[0], "target");
+      }
+  }
+}
+
+// The thread of one far tile by itself: a launch would go through all those before it.
+template <typename Tile>
+static void expect_far_tile(const Shape& s, bool channels_last) {
+  const int64_t positions = s.height * s.width, elements = s.channels * positions;
+  const int64_t n = BEYOND / elements, index = Tile::count(s.channels, positions) - 1;
+  const Sparse<float> x_t((n + 1) * elements), noise((n + 1) * elements);
+  const Sparse<float> target((n + 1) * elements);
+  const std::vector<float> image(size_t(elements), 0.5f);
+  std::vector<float> near[2] = {image, image};
+  ForwardPlan plan = forward_plan(s, Prediction::eps, false);
+  plan.x_0 = image.data(), plan.channels_last = channels_last;
+  const ForwardSample sample{forward_step(0.5), 0, 0, false};
+  const Draw draw = make_draw(1, 2, 3, 4);
+  plan.x_t = x_t.data, plan.target = target.data;
+  forward_tile<Tile>(plan, sample, draw, n, index);
+  plan.noise = noise.data;
+  noise.data[n * elements + elements - 1] = 3.0f;
+  forward_tile<Tile>(plan, sample, draw, n, index);
+  const int64_t last = offset_of(n, elements - 1, s.channels, positions, channels_last);
+  EXPECT(target.data[last] == 3.0f, "%lld", static_cast<long long>(last));
+  EXPECT(x_t.data[last] == noised(0.5f, 3.0f, sample.step), "%lld", static_cast<long long>(last));
+}
+
+CLAIM(tiles_beyond_2_to_the_33_elements_lie_where_their_elements_do) {
+  expect_far_tile<Flat<2>>({3, 8, 8}, false);
+  expect_far_tile<Interleaved<3>>({3, 8, 8}, true);
+  expect_far_tile<Interleaved<4>>({4, 4, 8}, true);
+  for (bool channels_last : {false, true}) expect_far_tile<Scattered>({3, 5, 7}, channels_last);
+}
+
+// As the thread of counter i, whose stride leaves the grid after it.
+template <typename Run>
+static void run_as_thread(int64_t i, const Run& run) {
+  blockIdx.x = unsigned(i / BLOCK), threadIdx.x = unsigned(i % BLOCK), gridDim.x = ~0u;
+  run();
+}
+
+CLAIM(fills_and_dropout_beyond_2_to_the_33_elements_lie_where_their_elements_do) {
+  const int64_t n = BEYOND / 8;  // samples of one counter of dropout's, two of a fill's
+  const Sparse<float> out((n + 1) * 8), x((n + 1) * 8);
+  const FillPlan plan{9, 3, 4, 5, n + 1, 8};
+  Floats wanted(8, 0);
+  cpu::philox_fill(false, wanted.data, {9, 3, 4, uint32_t(5 + n), 1, 8}, 1);
+  run_as_thread(2 * n + 1, [&] { fill_kernel<false, true>(out.data, plan); });
+  EXPECT(std::memcmp(out.data + n * 8 + 4, wanted.data + 4, 16) == 0, "an aligned fill");
+  run_as_thread(2 * n, [&] { fill_kernel<false, false>(out.data, plan); });
+  EXPECT(std::memcmp(out.data + n * 8, wanted.data, 16) == 0, "a fill");
+  const int64_t rng[3] = {1, 2, 3};
+  std::memcpy(x.data + n * 8, wanted.data, 32);
+  std::memset(out.data + n * 8, 0xFF, 32);
+  run_as_thread(n, [&] {
+    dropout_kernel<float, true>(x.data, out.data, {n + 1, 8, 8, 0, 1.0}, {rng});
+  });
+  EXPECT(std::memcmp(out.data + n * 8, wanted.data, 32) == 0, "dropout of nothing");
 }

@@ -285,6 +285,32 @@ CLAIM(a_nan_stays_one) {
   EXPECT(std::isnan(noised(NAN_F, 0.0f, forward_step(0.5))), "x_t");
 }
 
+// 0 * infinity is NaN: a coefficient of 0 is not the same as no term.
+CLAIM(infinity_passes_through_the_terms_of_the_formula_alone) {
+  for_each_step([](double abar, double abar_prev) {
+    for (Prediction prediction : PREDICTIONS)
+      for (Clip clip : CLIPS)
+        for (bool recompute_eps : {false, true})
+          for (double eta : {-1.0, 0.0, 0.5}) {
+            const ReverseRule rule{prediction, Variance::fixed_large, clip, eta, recompute_eps};
+            const ReverseStep step = reverse_step(abar, abar_prev, rule);
+            const bool is_ddpm = eta < 0, recomputed = clip != Clip::none && recompute_eps;
+            const bool needs_out = !is_ddpm && !recomputed;
+            const bool needs_x_t = is_ddpm || recomputed || prediction != Prediction::eps;
+            for (float wrong : {INF_F, -INF_F, NAN_F}) {
+              EXPECT(std::isfinite(previous(0.5f, 2.0f, wrong, step)) != needs_out, "out");
+              EXPECT(std::isfinite(previous(0.5f, wrong, 2.0f, step)) != needs_x_t, "x_t");
+              EXPECT(std::isfinite(raw_x_0(wrong, 2.0f, step)) == (prediction == Prediction::x_0),
+                     "x_0 of x_t");
+              EXPECT(!std::isfinite(raw_x_0(2.0f, wrong, step)), "x_0 of out");
+            }
+            const float sum =
+                step.prev_of_x_0 * 0.5f + step.prev_of_x_t * 2.0f + step.prev_of_out * -3.0f;
+            EXPECT(previous(0.5f, 2.0f, -3.0f, step) == sum, "the terms in this order");
+          }
+  });
+}
+
 CLAIM(dynamic_limit_interpolates_and_is_at_least_one) {
   for (uint32_t i = 0; i < 10000; ++i) {
     const float low = 4.0f * uniform_from_word(i * 7919u),

@@ -1,8 +1,9 @@
-// Claims about csrc/indexing.h, at small sizes exhaustively and beyond 2^33 elements by arithmetic
-// in 128 bits.
+// Claims about csrc/indexing.h, and about the pieces that csrc/cpu.cpp makes with it: at small sizes
+// exhaustively and beyond 2^33 elements by arithmetic in 128 bits.
 #include <vector>
 
 #include "claims.h"
+#include "cpu.cpp"
 #include "diffusion_math.h"
 #include "indexing.h"
 
@@ -98,6 +99,73 @@ CLAIM(offsets_hold_beyond_2_to_the_33_elements) {
           EXPECT(planes == start + Wide(c) * s.positions + p, "%lld", LL(planes));
           EXPECT(last == start + Wide(p) * s.channels + c, "%lld", LL(last));
         }
+}
+
+CLAIM(elements_of_dense_samples_hold_beyond_2_to_the_33) {
+  for (int64_t sample : {int64_t(0), int64_t(1), 2 * GIB, 8 * GIB + 1})
+    for (int64_t elements : {int64_t(1), int64_t(3072), 8 * GIB + 3})
+      for (int64_t e : {int64_t(0), int64_t(7), elements - 1}) {
+        const Wide wanted = Wide(sample) * elements + e;
+        if (wanted > INT64_MAX) continue;
+        EXPECT(element_at(sample, elements, e) == wanted, "%lld of %lld", LL(sample), LL(elements));
+      }
+}
+
+// Where pointers point, without any memory there: bytes behind FAR.
+constexpr uintptr_t FAR = uintptr_t(1) << 40;
+
+template <typename T>
+static T* far_memory(int i) {
+  return reinterpret_cast<T*>(FAR << i);
+}
+
+static void expect_at(const void* pointer, int i, Wide elements, int64_t size, const char* what) {
+  const Wide found = Wide(reinterpret_cast<uintptr_t>(pointer)) - (FAR << i);
+  EXPECT(found == elements * size, "%s is %lld bytes in, not %lld", what, LL(found),
+         LL(elements * size));
+}
+
+CLAIM(forward_pieces_lie_where_their_elements_do_beyond_2_to_the_33) {
+  ForwardPlan plan{};
+  plan.channels = 3, plan.height = 32, plan.width = 64;
+  plan.x_0 = far_memory<void>(0), plan.noise = far_memory<float>(1);
+  plan.x_t = far_memory<void>(2), plan.target = far_memory<void>(3);
+  const int64_t elements = 3 * 32 * 64;
+  for (Dtype dtype : {Dtype::uint8, Dtype::float32})
+    for (int64_t n : {int64_t(0), int64_t(3), 2 * GIB / elements + 1, 8 * GIB / elements + 1})
+      for (int64_t first : {0, 4096}) {
+        plan.x_0_dtype = dtype;
+        ForwardSample sample{};
+        sample.row = n + 5;
+        const ForwardPiece piece = cpu::forward_piece(plan, {n, first, 100}, sample);
+        const Wide at = Wide(n) * elements + first;
+        expect_at(piece.x_0, 0, Wide(n + 5) * elements, dtype == Dtype::uint8 ? 1 : 4, "x_0");
+        expect_at(piece.noise, 1, at, 4, "noise");
+        expect_at(piece.x_t, 2, at, 4, "x_t");
+        expect_at(piece.target, 3, at, 4, "target");
+      }
+}
+
+CLAIM(reverse_pieces_lie_where_their_elements_do_beyond_2_to_the_33) {
+  ReversePlan plan{};
+  plan.channels = 3, plan.positions = 2048, plan.output_channels = 6;
+  plan.rule = {Prediction::eps, Variance::learned, Clip::unit, -1.0, true};
+  plan.x_t = far_memory<float>(0), plan.output = far_memory<void>(1);
+  plan.unconditional = far_memory<void>(2), plan.noise = far_memory<float>(3);
+  plan.x_prev = far_memory<float>(4), plan.x_0 = far_memory<float>(5);
+  const int64_t elements = 3 * 2048;
+  for (int64_t n : {int64_t(0), int64_t(3), 2 * GIB / elements + 1, 8 * GIB / elements + 1})
+    for (int64_t first : {0, 4096}) {
+      const ReversePiece piece = cpu::reverse_piece(plan, {n, first, 100}, true);
+      const Wide at = Wide(n) * elements + first, at_output = Wide(n) * 2 * elements + first;
+      expect_at(piece.x_t, 0, at, 4, "x_t");
+      expect_at(piece.output, 1, at_output, 4, "output");
+      expect_at(piece.variance_values, 1, at_output + elements, 4, "variance values");
+      expect_at(piece.unconditional, 2, at_output, 4, "unconditional");
+      expect_at(piece.noise, 3, at, 4, "noise");
+      expect_at(piece.x_prev, 4, at, 4, "x_prev");
+      expect_at(piece.x_0, 5, at, 4, "x_0");
+    }
 }
 
 template <typename Int>

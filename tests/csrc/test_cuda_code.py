@@ -45,6 +45,25 @@ BUDGETS = {
     "posterior_step_dynamic_kernel<Interleaved<4>>": 128,
     "posterior_step_dynamic_kernel<Scattered>": 64,
 }
+# Accesses of 16 bytes, at least: loads and stores of every dtype that the kernel takes.
+VECTOR_ACCESSES = {
+    "fill_kernel<false, true>": (0, 1),
+    "fill_kernel<true, true>": (0, 1),
+    "dropout_kernel<float, true>": (2, 2),
+    "dropout_kernel<double, true>": (4, 4),
+    "dropout_kernel<__half, true>": (1, 1),
+    "dropout_kernel<__nv_bfloat16, true>": (1, 1),
+    "q_sample_kernel<Flat<2>>": (8, 8),
+    "q_sample_kernel<Interleaved<3>>": (9, 6),
+    "q_sample_kernel<Interleaved<4>>": (12, 16),
+    "posterior_step_kernel<Flat<2>>": (16, 8),
+    "posterior_step_kernel<Interleaved<3>>": (30, 9),
+    "posterior_step_kernel<Interleaved<4>>": (55, 16),
+    # Beside these steps the dynamic threshold's passes over x_0.
+    "posterior_step_dynamic_kernel<Flat<2>>": (16 + 2, 8 + 2),
+    "posterior_step_dynamic_kernel<Interleaved<3>>": (30 + 3, 9 + 3),
+    "posterior_step_dynamic_kernel<Interleaved<4>>": (55 + 4, 16 + 4),
+}
 VECTOR = re.compile(r"<Flat|<Interleaved|^fill_kernel<\w+, true>|^dropout_kernel<\w+, true>")
 SASS_ARCHS = ("80", "90", "100", "120")  # 86 and 89 have the instructions of 80
 
@@ -186,7 +205,10 @@ def test_vector_kernels_move_16_bytes_at_once(disassembled, name):
         stores = access_bytes(opcodes, "STG")
         # The drawn t of a sample is one int64; bf16 of three channels come in runs of 24 bytes.
         assert 16 in stores and min(stores) >= 8, f"sm_{arch}: {stores}"
+        loads = access_bytes(opcodes, "LDG")
         if not name.startswith("fill_kernel"):
-            loads = access_bytes(opcodes, "LDG")
             # Four pixels, or one word of a counter; never a 2-byte element.
             assert 16 in loads and min(loads) >= 4, f"sm_{arch}: {loads}"
+        least_loads, least_stores = VECTOR_ACCESSES[name]
+        assert sum(size // 16 for size in loads) >= least_loads, f"sm_{arch}: {loads}"
+        assert sum(size // 16 for size in stores) >= least_stores, f"sm_{arch}: {stores}"

@@ -1,9 +1,12 @@
 // Claims about the CPU part's threads, for a build with ThreadSanitizer: four threads give the bits
 // of one, in work that does not divide evenly among them.
+#include <atomic>
+#include <stdexcept>
 #include <vector>
 
 #include "claims.h"
 #include "kernels.h"
+#include "parallel.h"
 
 using namespace ddpm_fast;
 
@@ -26,6 +29,25 @@ static std::vector<float> normals() {
   std::vector<float> out(2 * COUNT);
   cpu::philox_fill(true, out.data(), {7, 0, 0, 0, 2 * SAMPLES, ELEMENTS}, 1);
   return out;
+}
+
+// Of any thread, the caller's (the last piece) too; the others do their work first.
+CLAIM(an_exception_of_a_piece_is_the_callers) {
+  for (int64_t pieces : {1, 2, 4})
+    for (int64_t thrower = 0; thrower < pieces; ++thrower) {
+      std::atomic<int64_t> done{0};
+      std::string caught;
+      try {
+        parallel_for(8, pieces, [&](int64_t begin, int64_t end) {
+          if (begin == 8 / pieces * thrower) throw std::runtime_error("piece");
+          done += end - begin;
+        });
+      } catch (const std::runtime_error& error) {
+        caught = error.what();
+      }
+      EXPECT(caught == "piece", "%d of %d", int(thrower), int(pieces));
+      EXPECT(done == 8 - 8 / pieces, "%d units", int(done));
+    }
 }
 
 CLAIM(words) {

@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -129,6 +130,30 @@ def test_the_reference_is_hos_equations_written_out():
     expected = abar_prev.sqrt() * x_0 + (1 - abar_prev - std**2).sqrt() * direction + std * z
     found = kernel.reference(x_t, eps, t, ABAR, t_prev=t_prev, noise=z, eta=0.5)
     torch.testing.assert_close(found[0], expected, rtol=1e-12, atol=1e-12)
+
+
+INFINITE = torch.tensor([torch.inf, -torch.inf, torch.nan])
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("noise", range(len(NOISES)))
+def test_what_is_not_finite_passes_where_it_does_in_the_reference(prediction, noise):
+    """Infinity times a coefficient of 0 is NaN: only terms that the formula has may do that."""
+    for clip, t, name in itertools.product(({}, {"clip": False}), (400, 0), ("x_t", "output")):
+        arguments = inputs(2, 3, 5, 7, **NOISES[noise], **clip, prediction=prediction, t=t)
+        poisoned = arguments["x_t" if name == "x_t" else "model_output"]
+        poisoned[0, 0, 0, :3] = INFINITE
+        poisoned[1, 2, 4, 4:] = INFINITE
+        fused, reference = (ops.posterior_step(**arguments, impl=impl) for impl in IMPLS)
+        for y, expected in zip(fused, reference, strict=True):
+            torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_an_infinite_output_that_is_clipped_gives_a_finite_step(impl):
+    x_t, output = normal(1, 3, 4, 4), torch.full((1, 3, 4, 4), torch.inf)
+    x_prev, x_0 = ops.posterior_step(x_t, output, 400, ABAR, impl=impl)
+    assert x_prev.isfinite().all() and torch.equal(x_0, -torch.ones_like(x_0))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -271,8 +296,16 @@ def test_fp64_runs_the_reference():
     arguments["x_t"] = arguments["x_t"].double()
     found = ops.posterior_step(**arguments)
     assert found[0].dtype == torch.float64 and same(found, kernel.reference(**arguments))
-    with pytest.raises(ValueError, match='float64, impl="fused" takes torch.float32'):
-        ops.posterior_step(**arguments, impl="fused")
+
+
+@pytest.mark.parametrize("where", ["argument", "environment"])
+def test_fp64_has_no_kernel(where, monkeypatch):
+    monkeypatch.setenv("DDPM_FAST_IMPL", "fused" if where == "environment" else "auto")
+    for name in ("x_t", "model_output"):
+        arguments = inputs(2, 3, 4, 4, impl="fused" if where == "argument" else "auto")
+        arguments[name] = arguments[name].double()
+        with pytest.raises(ValueError, match='float64, impl="fused" takes torch.float32'):
+            ops.posterior_step(**arguments)
 
 
 def test_views_of_any_offset_and_strides_give_the_same_bits():
@@ -603,7 +636,40 @@ ERRORS = [
     ({"step": torch.tensor(2**32)}, r"step=4294967296 must satisfy"),
     ({"first_index": 2**32 - 1}, r"first_index=4294967295 \+ 2 samples"),
     ({"impl": "nope"}, r"impl='nope'"),
-]
+    ({"x_t": np.zeros((2, 3, 4, 4))}, r"x_t is a ndarray, must be a tensor: floating \(N, C"),
+    ({"model_output": None}, r"model_output=None must be a tensor"),
+    ({"alphas_cumprod": [0.5]}, r"alphas_cumprod is a list, must be a tensor"),
+    ({"t": [3, 7]}, r"t is a list, must be an int or int64, \(\) or \(N,\)"),
+    ({"t": None}, r"t=None must be an int or int64"),
+    ({"t": np.zeros(2000)}, r"t is a ndarray, must be an int"),
+    ({"t": True}, r"t=True must be an int"),
+    ({"t_prev": 1.0}, r"t_prev=1.0 must be an int"),
+    ({"t_prev": torch.tensor(1, device="meta")}, r"t_prev is on meta, must be on cpu"),
+    ({"t_prev": torch.tensor([1])}, r"t_prev is torch.int64 \(1,\), must be an int or int64"),
+    ({"noise": [1]}, r"noise is a list, must be a tensor: floating"),
+    ({"noise": torch.zeros(2, 3, 4, 4, device="meta")}, r"noise is on meta, must be on cpu"),
+    ({"unconditional": [1]}, r"unconditional is a list, must be a tensor: like model_output"),
+    ({"unconditional": torch.zeros(2, 3, 4, 4, device="meta")}, r"unconditional is on meta"),
+    ({"guidance": 3.0}, r"guidance=3.0 needs unconditional"),
+    *(
+        ({"unconditional": torch.zeros(2, 3, 4, 4), "guidance": wrong}, rf"guidance{shown} must be")
+        for wrong, shown in [
+            (None, "=None"), ("3", "='3'"), (float("nan"), "=nan"), (float("inf"), "=inf"),
+            (1e300, r"=1e\+300"), (True, "=True"), (torch.tensor(3.0), " is a Tensor,"),
+        ]
+    ),
+    ({"eta": "0"}, r"eta='0' must be None or in \[0, 1\]"),
+    ({"eta": True}, r"eta=True must be None or in"),
+    ({"eta": torch.tensor(0.5)}, r"eta is a Tensor, must be None or in"),
+    ({"dynamic_threshold": "a"}, r"dynamic_threshold='a' must be None or in \(0, 1\]"),
+    ({"dynamic_threshold": True}, r"dynamic_threshold=True must be None or in"),
+    ({"clip": "no"}, r"clip='no' must be True or False"),
+    ({"clip": 2.0}, r"clip=2.0 must be True or False"),
+    ({"recompute_eps": None}, r"recompute_eps=None must be True or False"),
+    ({"copy_dtype": "bf16"}, r"copy_dtype=bf16 must be None or one of"),
+    ({"out": torch.zeros(2, 3, 4, 4)}, r"out is a Tensor, must be a tuple of tensors"),
+    ({"out": (None, torch.zeros(2, 3, 4, 4))}, r"out\[0\] \(x_prev\)=None must be a tensor"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -611,8 +677,9 @@ ERRORS = [
 def test_bad_arguments_name_the_value_and_the_rule(impl, changes, message):
     x_t = normal(2, 3, 4, 4)
     arguments = {"x_t": x_t, "model_output": x_t, "t": 3, "alphas_cumprod": ABAR, "impl": impl}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as raised:
         ops.posterior_step(**(arguments | changes))
+    assert "\n" not in str(raised.value)
 
 
 # On a GPU

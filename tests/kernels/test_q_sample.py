@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -73,6 +74,28 @@ def test_extension_equals_reference_from_rows_of_bytes(shape, prediction):
     assert_near(*both(x_0, times(shape[0]), ABAR, **options))
 
 
+@pytest.mark.parametrize("prediction", TARGETS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_extension_is_the_formula_in_fp64(shape, prediction):
+    """From bytes with drawn noise, and from floats with noise given."""
+    rows, n = (torch.arange(shape[0]) * 5 + 12) % 13, shape[0]
+    options = COUNTERS | {"prediction": prediction, "flip": True}
+    x_0, noise = images(*shape), ops.philox_normal(shape, seed=1)
+    as_unit = pixels(13, *shape[1:]).double() / 127.5 - 1
+    for found, exact in (
+        (
+            ops.q_sample(pixels(13, *shape[1:]), times(n), ABAR, rows=rows, **options),
+            kernel.reference(as_unit, times(n), ABAR, rows=rows, **options),
+        ),
+        (
+            ops.q_sample(x_0, times(n), ABAR, noise=noise, impl="fused", **options),
+            kernel.reference(x_0.double(), times(n), ABAR, noise=noise.double(), **options),
+        ),
+    ):
+        assert all(y.dtype == torch.float64 for y in exact)
+        assert_near(found, tuple(y.float() for y in exact))
+
+
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("out_dtype", list(ATOL))
 @pytest.mark.parametrize("target_dtype", [None, *ATOL])
@@ -101,8 +124,16 @@ def test_fp64_runs_the_reference():
     ):
         assert found[0].dtype == torch.float64
         assert torch.equal(found[0], kernel.reference(x_0, times(2), ABAR)[0])
-    with pytest.raises(ValueError, match='float64, impl="fused" takes torch.float32'):
-        ops.q_sample(x_0, times(2), ABAR, impl="fused")
+
+
+@pytest.mark.parametrize("where", ["argument", "environment"])
+def test_fp64_has_no_kernel(where, monkeypatch):
+    monkeypatch.setenv("DDPM_FAST_IMPL", "fused" if where == "environment" else "auto")
+    x_0, impl = images(2, 3, 4, 4), "fused" if where == "argument" else "auto"
+    for changes in ({"x_0": x_0.double()}, {"out_dtype": torch.float64}):
+        arguments = {"x_0": x_0, "t": times(2), "alphas_cumprod": ABAR, "impl": impl} | changes
+        with pytest.raises(ValueError, match='float64, impl="fused" takes torch.float32'):
+            ops.q_sample(**arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16])
@@ -429,6 +460,25 @@ ERRORS = [
     ({"target_dtype": torch.int8}, r"target_dtype=torch.int8 must be one of"),
     ({"memory_format": torch.channels_last_3d}, r"memory_format=torch.channels_last_3d must be"),
     ({"impl": "nope"}, r"impl='nope'"),
+    ({"x_0": np.zeros((2, 3, 4, 4))}, r"x_0 is a ndarray, must be a tensor: uint8 or floating"),
+    ({"x_0": None}, r"x_0=None must be a tensor"),
+    ({"t": 5}, r"t=5 must be a tensor: int64 \(N,\), or None to draw it"),
+    ({"t": [3, 17]}, r"t is a list, must be a tensor: int64 \(N,\), or None"),
+    ({"alphas_cumprod": ABAR.tolist()}, r"alphas_cumprod is a list, must be a tensor: float64 or"),
+    ({"alphas_cumprod": None}, r"alphas_cumprod=None must be a tensor"),
+    ({"rows": [0, 1]}, r"rows is a list, must be a tensor: int64 \(N,\)"),
+    ({"rows": 1}, r"rows=1 must be a tensor"),
+    ({"rows": torch.zeros(2, dtype=torch.int64, device="meta")}, r"rows is on meta, must be on"),
+    ({"x_0": torch.zeros(0, 3, 4, 4), "rows": torch.tensor([0, 0])}, r"rows has 2 indices, but x"),
+    ({"noise": np.zeros((2, 3, 4, 4))}, r"noise is a ndarray, must be a tensor: floating \(2, 3"),
+    ({"flip": "no"}, r"flip='no' must be True or False"),
+    ({"flip": 1}, r"flip=1 must be True or False"),
+    ({"flip": torch.tensor(True)}, r"flip is a Tensor, must be True or False"),
+    ({"seed": [1]}, r"seed is a list, must be an int, 0 <= seed < 2\*\*63"),
+    ({"seed": 2**63}, r"seed=9223372036854775808 must satisfy"),
+    ({"prediction": None}, r"prediction=None must be one of eps, x_0, v"),
+    ({"out_dtype": "bf16"}, r"out_dtype=bf16 must be one of torch.float32"),
+    ({"impl": None}, r"impl=None must be one of auto, fused, reference"),
 ]
 
 
@@ -436,8 +486,9 @@ ERRORS = [
 @pytest.mark.parametrize(("changes", "message"), ERRORS)
 def test_bad_arguments_name_the_value_and_the_rule(impl, changes, message):
     arguments = {"x_0": images(2, 3, 4, 4), "t": torch.tensor([3, 17]), "alphas_cumprod": ABAR}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as raised:
         ops.q_sample(**(arguments | {"impl": impl} | changes))
+    assert "\n" not in str(raised.value)
 
 
 # On a GPU

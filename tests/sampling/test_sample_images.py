@@ -260,3 +260,35 @@ def test_a_bad_argument_names_its_value_and_the_rule(net, changes, told):
 def test_a_net_without_a_size_must_be_given_one():
     with pytest.raises(ValueError, match="image_size and channels are unknown: give both, or x_T"):
         df.sample_images(lambda x, t: x, PROC, 1, channels=1)
+
+
+LAST = 2**32  # beyond the last image's number
+
+
+def test_the_last_images_of_all_have_the_same_bits_for_any_split(net):
+    whole = draw(net, 7, first_index=LAST - 7)
+    for first, n in ((LAST - 1, 1), (LAST - 4, 4), (LAST - 7, 2)):
+        at = first - (LAST - 7)
+        assert torch.equal(draw(net, n, first_index=first), whole[at : at + n])
+        x_T = df.ops.philox_normal((n, 1, 8, 8), seed=5, stream=5, first_index=first)
+        assert torch.equal(draw(net, n, first_index=first, x_T=x_T), whole[at : at + n])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 2**63}, r"seed=9223372036854775808 must satisfy 0 <= seed < 2\*\*63"),
+        ({"seed": -1}, r"seed=-1 must satisfy"),
+        ({"seed": 1.5}, r"seed=1.5 must be an int"),
+        ({"first_index": -1}, r"first_index=-1 must satisfy 0 <= first_index"),
+        ({"first_index": LAST - 1}, r"first_index=4294967295 \+ 2 samples must be at most 2\*\*32"),
+    ],
+)
+@pytest.mark.parametrize("with_start", [False, True])
+def test_counters_out_of_range_are_refused_before_anything_is_drawn(changes, message, with_start):
+    def net(x, t, y=None):
+        raise AssertionError("the net was run")
+
+    changes = changes | ({"x_T": torch.zeros(2, 1, 4, 4)} if with_start else {})
+    with pytest.raises(ValueError, match=message):
+        df.sample_images(net, PROC, 2, steps=2, image_size=4, channels=1, **changes)
