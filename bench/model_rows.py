@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from bench.ceilings import Ceilings
 from bench.failures import DeviceLost, failure, is_lost
 from bench.model_parity import check
 from bench.model_work import work_of
-from bench.models import MEMORY, SAMPLING_GROUPS, TRAINING, Model, Setup, side_of
+from bench.models import MEMORY, SAMPLING, TRAINING, Model, Setup, side_of
 from bench.results import Results
 from bench.timing import Call, Samples, speedup, time_in_turns
 from ddpm_fast.graphs import WARM_UP_CALLS
@@ -128,11 +129,13 @@ def measure_sampling(
 
 
 def sampling_order() -> list[tuple[Setup, int, float]]:
-    """(setup, images, seconds it needs), in order of worth."""
+    """(setup, images, seconds it needs), in order of worth: before the next setups are asked,
+    compiled ones after eager ones, these draw each number of images."""
     rows = []
-    for group in SAMPLING_GROUPS:
+    for _, group in groupby(SAMPLING, key=lambda setup: (setup.preset, bool(setup.compile))):
+        setups = list(group)
         for images in SAMPLED_IMAGES:
-            for setup in group:
+            for setup in setups:
                 step_s = max(LAUNCHES_S, images * (IMAGE_S if setup.bf16 else 4 * IMAGE_S))
                 ready_s = COMPILED_S / 2 if setup.compile else EAGER_S
                 rows.append((setup, images, ready_s + SAMPLINGS * DDIM_STEPS * step_s))
@@ -189,7 +192,7 @@ def _measure_alone(
 def _is_there(results: Results, shown: str, images: int | None) -> bool:
     """Whether a process before this one has added the row."""
     start = f"{shown} batch {images} " if images else f"{shown} batch "
-    return any(row["name"] == shown or f"{row['name']} ".startswith(start) for row in results.rows)
+    return any(name == shown or f"{name} ".startswith(start) for name in results.earlier)
 
 
 def _time_alone(

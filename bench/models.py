@@ -112,18 +112,20 @@ TRAINING = (
     ),
     Setup(net="diffusers", compile="max-autotune-no-cudagraphs"),  # compiles for minutes
 )
-# Groups whose rows belong beside each other, in order of worth. Our sampler captures its step
-# itself, in which another graph, as of reduce-overhead, cannot be captured.
-SAMPLING_GROUPS = tuple(
-    tuple(replace(setup, preset=name) for setup in group)
+# In order of worth. Our sampler captures its step itself, in which another graph, as of
+# reduce-overhead, cannot be captured.
+SAMPLING = tuple(
+    replace(setup, preset=name)
     for name in ("cifar10", "seed-cifar10")
-    for group in (
-        _both(),
-        (Setup(net="ours", compile="default"), Setup(net="diffusers", compile="reduce-overhead")),
-        (Setup(net="original"), *_both(bf16=False), Setup(net="original", bf16=False)),
+    for setup in (
+        *_both(),
+        Setup(net="ours", compile="default"),
+        Setup(net="diffusers", compile="reduce-overhead"),
+        Setup(net="original"),
+        *_both(bf16=False),
+        Setup(net="original", bf16=False),
     )
 )
-SAMPLING = tuple(setup for group in SAMPLING_GROUPS for setup in group)
 MEMORY = (
     *_both(),
     *(Setup(net="ours", recompute=what) for what in ("norm", "block")),

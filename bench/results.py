@@ -27,7 +27,13 @@ class Results:
         self.path, self.start, self.seconds = path, time.monotonic(), seconds
         self.data: dict[str, Any] = {"stage": stage, "status": "running", "rows": []}
         self.data["left_out"] = []
+        self.earlier: list[str] = []  # names of the rows by a process before this one
         self.save()
+
+    def go_on(self, data: dict[str, Any]) -> None:
+        """Behind what a process before this one has left."""
+        self.earlier = [row["name"] for row in data["rows"]]
+        self.put(**data)
 
     @property
     def rows(self) -> list[dict]:

@@ -324,7 +324,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = args.out / f"{args.stage}.json"
     kept = read_json(path) if args.go_on else {}
     results = Results(path, args.stage, seconds)
-    results.put(**{**kept, "environment": environment.describe()})
+    if kept:
+        results.go_on(kept)
+    results.put(environment=environment.describe())
     stages = dict(
         ceilings=run_ceilings, build=run_build, tests=run_tests, kernels=run_kernels,
         models=run_models, graph_parity=run_graph_parity, long_run=run_long_run,

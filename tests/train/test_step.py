@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ddpm_fast.data import open_images
+from ddpm_fast.distributed import World
 from ddpm_fast.graphs import CapturedCall
 from ddpm_fast.train import setup
 from ddpm_fast.train.config import TrainConfig
@@ -183,6 +184,20 @@ def test_gradients_are_shared_in_the_stream_of_the_capture_if_there_is_one(flag,
     )
     setup._shared(step)
     assert made == [[fake] if flag == "on" else []]
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_the_captured_step_is_forgotten_before_the_ranks_part(
+    stopped, tmp_path, train, monkeypatch
+):
+    """NCCL does not end while a graph holds its collectives."""
+    seen = []
+    monkeypatch.setattr(CapturedCall, "forget", lambda call: seen.append("forgotten"))
+    monkeypatch.setattr(World, "leave", lambda world: seen.append("left"))
+    if stopped:
+        monkeypatch.setattr(World, "any", lambda world, flag: True)
+    assert train(tmp_path / "run", "--iterations", 1, "--sample-every", 0) == 0
+    assert seen == ["forgotten", "left"]
 
 
 def test_the_largest_part_that_fits_is_found_by_trying(monkeypatch):
