@@ -38,8 +38,8 @@ class CheckpointWriter:
     folder, keep, keep_every  as of :func:`ddpm_fast.checkpoint.save`
     warn                      told of a failed write when another exception is already under way
 
-    A write that failed raises its CheckpointError from the next save(), wait() or close(), and
-    that save is not begun. As a context manager it waits for the write at the end, also on an
+    A write that failed raises its CheckpointError from the next save(), wait(), poll() or close(),
+    and that save is not begun. As a context manager it waits for the write at the end, also on an
     exception; a second Ctrl-C ends the wait, and what was half written is no checkpoint.
 
     last_stall_s       the last save() held its caller so long: earlier write, then copy
@@ -93,6 +93,11 @@ class CheckpointWriter:
         """
         self.wait()
         self._host.take(parts)
+
+    def poll(self) -> None:
+        """As wait(), but only where nothing is being written any more."""
+        if self._thread is not None and not self._thread.is_alive():
+            self.wait()
 
     def wait(self) -> None:
         """Until nothing is being written; raises CheckpointError if that write failed."""

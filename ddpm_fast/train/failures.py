@@ -31,6 +31,23 @@ def told_if_it_cannot_go_on(train_step: TrainStep, when: Callable[[], str]) -> I
 
 
 @contextmanager
+def told_if_only_a_grid_fails(step: int, say: Callable[[str], None]) -> Iterator[None]:
+    """A sample grid that does not fit or cannot be written is a warning: training goes on."""
+    try:
+        yield
+    except OSError as error:
+        say(f"warning: no sample grid of step {step}: {error.strerror or error}")
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        error.__traceback__ = None  # it holds the sampler's tensors
+        say(
+            f"warning: no sample grid of step {step}: out of memory; fewer --sample-images fit, "
+            "--sample-every 0 draws none"
+        )
+
+
+@contextmanager
 def told_if_rank_lost(when: Callable[[], str]) -> Iterator[None]:
     """TrainingError in one line where another rank died or refused."""
     try:

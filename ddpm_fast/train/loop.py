@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,10 +28,12 @@ from ddpm_fast.train.config import PROG, Invocation
 from ddpm_fast.train.failures import (
     TrainingError,
     told_if_it_cannot_go_on,
+    told_if_only_a_grid_fails,
     told_if_rank_lost,
 )
 from ddpm_fast.train.progress import Display, Measured, peak_gib
 from ddpm_fast.train.run_folder import RunFolder, default_run_dir
+from ddpm_fast.train.saving import Saving
 from ddpm_fast.train.setup import (
     compile_errors,
     compiled_graphs,
@@ -114,13 +117,13 @@ class Run:
     ) -> None:
         self.train_step, self.config = train_step, train_step.config
         self.folder, self.display, self.trackers = folder, display, trackers
-        self.writer, self.monitor, self._monitored_s = writer, monitor, 0.0
+        self.saving = Saving(writer, self._state, display.say, folder.log)
+        self.monitor, self._monitored_s = monitor, 0.0
         self.world = train_step.world
         self.device = train_step.batches.device
         self.step = 0
         self.last_measured: Measured | None = None
         self._trained_steps, self._trained_s = 0, 0.0  # by this process, maintenance left out
-        self._saved_step: int | None = None
         self._trained_any, self._told_skipped, self._told_graph = False, 0, False
         self._slow_rank: int | None = None  # at the last logged step
         self._told_slow: set[int] = set()
@@ -156,7 +159,7 @@ class Run:
             self._compile_and_train()
         if not self._trained_any and self.world.is_chief:
             with self._maintenance():  # the optimizer's state is there by now
-                self.writer.reserve(self._state_parts())
+                self.saving.reserve()
         self._trained_any = True
         self.step += 1
         self.display.stepped(self.step)
@@ -193,12 +196,14 @@ class Run:
             if self.step == 1 or self.step % config.log_every == 0 or self._is_last():
                 self._measure()
             with self._maintenance():
-                if self._samples_due():
-                    self.save_samples()
                 if _due(self.step, config.checkpoint_every):
                     self.save_checkpoint()
-        self.save_checkpoint()
-        self.writer.wait()
+                if self._samples_due():
+                    with told_if_only_a_grid_fails(self.step, self.display.say):
+                        self.save_samples()
+        self._check_finite()
+        if self.world.is_chief:
+            self.saving.finish(self.step)
 
     def _is_told_to_stop(self, stop: list[str]) -> bool:
         """Whether any rank is; where a rank was lost, this is the first to notice."""
@@ -208,31 +213,24 @@ class Run:
         return told
 
     def save_checkpoint(self) -> None:
-        """Begin to write this step's checkpoint; not twice, nor weights that are not finite."""
-        if self._saved_step == self.step:
-            return
+        """Begin to write this step's checkpoint, unless the weights are not finite."""
         self._check_finite()
-        self._saved_step = self.step
-        if not self.world.is_chief:
-            return
-        parts = self.train_step
-        self.writer.save(
-            self.step,
-            self._state_parts(),
-            {
-                "seed": self.config.seed,
-                "ema_updates": parts.ema.updates,
-                "net": parts.net.config.to_json(),
-                "diffusion": parts.proc.to_json(),
-            },
-        )
+        if self.world.is_chief:
+            self.saving.save(self.step)
 
-    def _state_parts(self) -> dict[str, checkpoint.Tensors]:
+    def _state(self) -> tuple[dict[str, checkpoint.Tensors], dict[str, Any]]:
+        """What a checkpoint holds, and what its manifest says of it."""
         parts = self.train_step
-        return {
+        state = {
             "model": parts.net.state_dict(),
             "ema": parts.ema.state_dict(),
             "optimizer": state_tensors(parts.optimizer, parts.net),
+        }
+        return state, {
+            "seed": self.config.seed,
+            "ema_updates": parts.ema.updates,
+            "net": parts.net.config.to_json(),
+            "diffusion": parts.proc.to_json(),
         }
 
     def resume(self) -> None:
@@ -258,7 +256,7 @@ class Run:
             load_state_tensors(parts.optimizer, parts.net, optimizer)
         except (KeyError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{saved.path} cannot be resumed: {error}") from None
-        self.step = self._saved_step = saved.step
+        self.step = self.saving.saved_step = saved.step
         self.folder.forget_metrics_after(self.step)
         self.display.say(f"resumed after step {self.step} from {saved.path}")
 
@@ -314,7 +312,10 @@ class Run:
             self._start_interval()
             return
         self._tell_news()
+        self.saving.hear()
         row = measured.row() | self._monitored()
+        if stall_s := self.saving.take_stall_s():
+            row["checkpoint_stall_s"] = round(stall_s, 4)
         self.folder.add_metrics(row)
         seconds_left = (self.config.iterations - self.step) * seconds / steps
         self.display.measured(measured, seconds_left)
@@ -375,7 +376,7 @@ class Run:
     def _check_finite(self) -> None:
         if not self.train_step.healthy.item():
             loss, norm = self.train_step.loss.item(), self.train_step.grad_norm.item()
-            self.writer.wait()
+            self.saving.settle()
             steps = checkpoint.steps_in(self.folder.checkpoints)
             kept = f"the checkpoint of step {steps[-1]} is untouched" if steps else "none was saved"
             raise TrainingError(

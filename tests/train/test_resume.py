@@ -1,5 +1,6 @@
 """A killed, stopped or extended run ends where an uninterrupted one does, bit for bit."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -9,6 +10,8 @@ import time
 import pytest
 import torch
 
+from ddpm_fast import checkpoint
+from ddpm_fast.checkpoint import steps_in
 from ddpm_fast.train import loop
 from ddpm_fast.train.__main__ import main
 from ddpm_fast.train.run_folder import RunFolder
@@ -271,13 +274,67 @@ def test_a_full_disk_ends_the_run_in_one_line_and_spares_the_checkpoint(
         "--resume", run, "--iterations", 40, "--checkpoint-every", 20,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
     )  # fmt: skip
-    _, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert len(err.splitlines()) == 1
-    assert "step_00000020 not written: disk full; earlier checkpoints are untouched" in err
+    told = "not written: disk full; earlier checkpoints are untouched"
+    assert f"step_00000020 {told}" in out  # and the next one is tried, twice as it is the last
+    assert out.count(f"step_00000040 {told}") == 1 and f"step_00000040 {told}" in err
     assert tree(run / "checkpoints") == checkpoints  # nothing half-written is left either
     assert resume(run) == 0  # and with room again it goes on
     assert (run / "checkpoints" / "step_00000040").is_dir()
+
+
+@pytest.fixture
+def failing_writes(monkeypatch):
+    """failing_writes(*numbers): the writes of these numbers, from 1 on, meet a full disk."""
+
+    def arrange(*numbers):
+        check, count = checkpoint._check_space, iter(range(1, 1000))
+
+        def fail(*arguments):
+            if next(count) in numbers:
+                raise OSError(errno.ENOSPC, "full")
+            check(*arguments)
+
+        monkeypatch.setattr(checkpoint, "_check_space", fail)
+
+    return arrange
+
+
+@pytest.mark.faults
+def test_a_disk_that_is_full_for_a_while_costs_one_checkpoint_and_no_other(
+    tmp_path, train, failing_writes, capsys
+):
+    failing_writes(1)
+    assert train(tmp_path / "run", *SHORT, "--keep-checkpoints", 9) == 0
+    out = capsys.readouterr().out
+    assert out.count("step_00000004 not written: disk full") == 1
+    assert out.index("step_00000004 not written") < out.index("step 9/12")  # not at the end only
+    assert steps_in(tmp_path / "run" / "checkpoints") == [8, 12]
+
+
+@pytest.mark.faults
+def test_a_failed_write_does_not_cost_the_checkpoint_that_a_signal_asks_for(
+    tmp_path, whole, train, resume, before_step, failing_writes, weights, rows, capsys
+):
+    failing_writes(1, 2)  # of step 4, and the first try of step 7
+    undo = before_step(6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert train(tmp_path / "cut", *SHORT) == 0
+    undo()
+    assert "stopped by SIGTERM after step 7; checkpoint saved" in capsys.readouterr().out
+    assert steps_in(tmp_path / "cut" / "checkpoints") == [7]
+    assert resume(tmp_path / "cut") == 0
+    assert weights(tmp_path / "cut", 12) == weights(whole, 12)
+    assert rows(tmp_path / "cut") == rows(whole)
+
+
+@pytest.mark.faults
+def test_two_failed_checkpoints_in_a_row_end_the_run(tmp_path, tiny, failing_writes, refused):
+    failing_writes(2, 3)
+    flags = (*SHORT, "--iterations", 40, "--run-dir", tmp_path / "run")
+    assert "step_00000012 not written: disk full" in refused(main, [*tiny, *flags], 1)
+    assert steps_in(tmp_path / "run" / "checkpoints") == [4]
 
 
 @pytest.mark.faults
