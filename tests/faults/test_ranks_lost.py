@@ -81,10 +81,18 @@ def test_ranks_end_with_the_agent_and_their_run_can_be_resumed_at_once(
     same_end()
 
 
-def test_sigterm_to_the_agent_has_all_save_and_leave(train, resume, same_end, steps):
+@pytest.mark.parametrize("fault", ["sigterm-agent", "sigterm-all"])
+def test_sigterm_to_the_agent_has_all_save_and_leave(train, resume, same_end, steps, fault):
     # torchrun itself ends with 1 and a SignalException: what counts is the checkpoint
-    output = train("--log-every", 4, fault="sigterm-agent", rank=0, step=13, code=1)
+    output = train("--log-every", 4, fault=fault, rank=0, step=13, code=1)
     stopped = int(re.search(r"stopped by .* after step (\d+); checkpoint saved", output)[1])
     assert 13 < stopped < 40 and steps()[-1] == stopped
     resume()
     same_end()
+
+
+@pytest.mark.parametrize("fault", ["sighup-agent", "sigint-agent"])
+def test_a_hang_up_or_ctrl_c_of_the_agent_does_so_too(train, steps, fault):
+    output = train(fault=fault, rank=0, step=13, code=1)
+    stopped = int(re.search(r"stopped by .* after step (\d+); checkpoint saved", output)[1])
+    assert 13 < stopped < 40 and steps()[-1] == stopped

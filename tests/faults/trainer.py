@@ -29,6 +29,13 @@ def kill_the_node():
     kill_self()
 
 
+def signal_all(number):
+    """Torchrun and its ranks at once, as scancel does."""
+    with open(f"/proc/{os.getppid()}/task/{os.getppid()}/children") as file:
+        for pid in (*map(int, file.read().split()), os.getppid()):
+            os.kill(pid, number)
+
+
 def wait_alone():
     """Until a signal comes, in a world of one."""
     if os.environ["WORLD_SIZE"] == "1":
@@ -110,6 +117,9 @@ ARRANGE = {
     "kill-node": lambda: before_step(kill_the_node),
     "sigterm": lambda: before_step(lambda: os.kill(os.getpid(), signal.SIGTERM)),
     "sigterm-agent": lambda: before_step(lambda: os.kill(os.getppid(), signal.SIGTERM)),
+    "sigterm-all": lambda: before_step(lambda: signal_all(signal.SIGTERM)),
+    "sighup-agent": lambda: before_step(lambda: os.kill(os.getppid(), signal.SIGHUP)),
+    "sigint-agent": lambda: before_step(lambda: os.kill(os.getppid(), signal.SIGINT)),
     "freeze": lambda: before_step(lambda: os.kill(os.getpid(), signal.SIGSTOP)),
     "wait": lambda: before_step(lambda: time.sleep(60)),
     "wait-alone": lambda: before_step(wait_alone),
