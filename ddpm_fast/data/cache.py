@@ -83,6 +83,7 @@ def open_cached(
         class_names=files.class_names(),
         name=files.source,
         photographs=True,
+        digest=files.digest,
     )
 
 

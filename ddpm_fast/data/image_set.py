@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from ddpm_fast.errors import Failure
 
 CHANNELS = (1, 3)
+DIGEST_ROWS = 256  # 0.8 MB of CIFAR-10
 MAX_CLASSES = 100_000  # a label past it is a mistake (an index, a hash), not a class
 
 
@@ -25,6 +28,7 @@ class ImageSet:
     class_names                one name a class; empty exactly when labels is None
     name                       what the set is called in messages
     photographs                True: a mirrored image is as good (horizontal flips allowed)
+    digest                     hexadecimal, of all bytes of the files; None: not known
     raises       DataError     naming the value that breaks one of these rules
     """
 
@@ -33,6 +37,7 @@ class ImageSet:
     class_names: tuple[str, ...] = ()
     name: str
     photographs: bool
+    digest: str | None = None
 
     def __post_init__(self) -> None:
         images = self.images
@@ -62,6 +67,23 @@ class ImageSet:
                 f"{self.name}: labels run from {low} to {high};"
                 f" allowed: 0..{self.num_classes - 1} (num_classes={self.num_classes})"
             )
+
+    def identity(self) -> dict[str, Any]:
+        """JSON values that tell a changed set from this one; reads some rows at most."""
+        return {
+            "name": self.name,
+            "shape": list(self.images.shape),
+            "digest": self.digest or self._digest_of_some_rows(),
+        }
+
+    def _digest_of_some_rows(self) -> str:
+        """Of evenly spaced images and all labels: a set may be larger than memory."""
+        whole = hashlib.blake2b(digest_size=16)
+        for row in np.linspace(0, len(self.images) - 1, DIGEST_ROWS).astype(int):
+            whole.update(np.ascontiguousarray(self.images[row]).tobytes())
+        if self.labels is not None:
+            whole.update(np.ascontiguousarray(self.labels).tobytes())
+        return whole.hexdigest()
 
     @property
     def num_classes(self) -> int:

@@ -15,24 +15,30 @@ from typing import Any
 import torch
 
 from ddpm_fast import checkpoint
-from ddpm_fast.checkpoint import CheckpointError
 from ddpm_fast.checkpoint_writer import CheckpointWriter
 from ddpm_fast.diffusion.sampler import sample_images
-from ddpm_fast.distributed import World, join, rank_device
+from ddpm_fast.distributed import (
+    World,
+    join,
+    left_at_once_if_rank_lost,
+    rank_device,
+    told_if_rank_lost,
+)
 from ddpm_fast.errors import UsageError
 from ddpm_fast.images import grid, grid_scale, save_png, to_uint8
 from ddpm_fast.kernels.impl import runs_interpreted
 from ddpm_fast.monitoring.monitor import Monitor
-from ddpm_fast.optimizer import load_state_tensors, state_tensors
+from ddpm_fast.optimizer import state_tensors
 from ddpm_fast.train.config import PROG, Invocation
 from ddpm_fast.train.failures import (
+    GO_ON,
     TrainingError,
     told_if_it_cannot_go_on,
     told_if_only_a_grid_fails,
-    told_if_rank_lost,
 )
 from ddpm_fast.train.progress import Display, Measured, peak_gib
-from ddpm_fast.train.run_folder import RunFolder, default_run_dir
+from ddpm_fast.train.resuming import facts, newest_checkpoint, restore
+from ddpm_fast.train.run_folder import RunFolder, RunFolderError, default_run_dir
 from ddpm_fast.train.saving import Saving
 from ddpm_fast.train.setup import (
     compile_errors,
@@ -57,18 +63,21 @@ def train(invocation: Invocation) -> None:
     """
     config = invocation.config
     device = rank_device(config.device)
-    with told_if_rank_lost(lambda: "before its first step or at the end"):
+    when = lambda: "before its first step or at the end"  # noqa: E731
+    with left_at_once_if_rank_lost(PROG), told_if_rank_lost(PROG, when, GO_ON):
         world = join(device, timeout_s=config.timeout)
+        invocation = world.from_chief(lambda: invocation)  # the others may not see the folder
         _train(invocation, device, world)
         world.leave()
 
 
 def _train(invocation: Invocation, device: torch.device, world: World) -> None:
-    config = for_ranks(invocation.config, device, world)
+    config = for_ranks(invocation.config, device, world, resumed=invocation.resume)
     images = world.chief_first(lambda: open_data(config, print if world.is_chief else _quiet))
     train_step = make_step(config, images, device, world)
     path = Path(world.from_chief(lambda: str(config.run_dir or default_run_dir(config.preset))))
-    folder = RunFolder(path, resume=invocation.resume, writes=world.is_chief)
+    wait_s = config.timeout if invocation.waits else 0.0
+    folder = RunFolder(path, resume=invocation.resume, writes=world.is_chief, wait_s=wait_s)
     try:
         trackers = open_trackers(config, path) if world.is_chief else []
         display = Display(folder, config.iterations, quiet=not world.is_chief)
@@ -78,6 +87,8 @@ def _train(invocation: Invocation, device: torch.device, world: World) -> None:
         )  # fmt: skip
         monitor = Monitor() if config.monitor and world.is_chief else None
         with display, stop_requests() as stop, writer, monitor or nullcontext():
+            for line in invocation.notes:
+                display.say(line)
             run = Run(train_step, folder, display, trackers, writer, monitor)
             if invocation.resume:
                 run.resume()
@@ -85,7 +96,9 @@ def _train(invocation: Invocation, device: torch.device, world: World) -> None:
                 folder.write_config(replace(config, run_dir=str(path)))
             run.announce()
             wrap_net(train_step, display.say)
-            with told_if_it_cannot_go_on(run.train_step, lambda: f"after step {run.step}"):
+            with told_if_it_cannot_go_on(
+                run.train_step, lambda: f"after step {run.step}", resumed=invocation.resume
+            ):
                 run.steps(stop)
             if run.step < config.iterations:
                 display.say(
@@ -221,52 +234,47 @@ class Run:
     def _state(self) -> tuple[dict[str, checkpoint.Tensors], dict[str, Any]]:
         """What a checkpoint holds, and what its manifest says of it."""
         parts = self.train_step
-        state = {
+        return {
             "model": parts.net.state_dict(),
             "ema": parts.ema.state_dict(),
             "optimizer": state_tensors(parts.optimizer, parts.net),
-        }
-        return state, {
-            "seed": self.config.seed,
-            "ema_updates": parts.ema.updates,
-            "net": parts.net.config.to_json(),
-            "diffusion": parts.proc.to_json(),
-        }
+        }, facts(parts)
 
     def resume(self) -> None:
         """Go back to the newest healthy checkpoint; a run killed before its first starts anew."""
-        found = self.world.from_chief(self._newest_checkpoint)
+        say = self.display.say
+        found = self.world.from_chief(lambda: newest_checkpoint(self.folder, say))
         if found is None:
-            self.display.say("no checkpoint yet: starting from step 0")
-            self.folder.forget_metrics_after(0)
+            aside = self.folder.set_metrics_aside()
+            kept = f"; the rows so far are in {aside.name}" if aside else ""
+            say(f"no checkpoint yet: starting from step 0{kept}")
             return
+        if not Path(found).is_dir():
+            raise RunFolderError(
+                f"rank {self.world.rank} cannot see {found}, which rank 0 resumes: all nodes must "
+                "share the run folder"
+            )
         saved = checkpoint.load(Path(found))
         if saved.step > self.config.iterations:
             raise UsageError(
                 f"--iterations {self.config.iterations}, but {self.folder.path} has done "
                 f"{saved.step} steps; allowed: {saved.step} or more"
             )
-        parts = self.train_step
-        try:
-            model, ema, optimizer = (saved.parts[n] for n in ("model", "ema", "optimizer"))
-            updates = int(saved.manifest["ema_updates"])
-            checkpoint.check_state(parts.net.state_dict(), model, saved.path)
-            parts.net.load_state_dict(model)
-            parts.ema.load_state_dict(ema, updates=updates)
-            load_state_tensors(parts.optimizer, parts.net, optimizer)
-        except (KeyError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{saved.path} cannot be resumed: {error}") from None
+        restore(self.train_step, saved)
         self.step = self.saving.saved_step = saved.step
         self.folder.forget_metrics_after(self.step)
-        self.display.say(f"resumed after step {self.step} from {saved.path}")
+        say(f"resumed after step {self.step} from {saved.path}")
+        self._tell_if_rate_changed(saved.manifest.get("config", {}).get("iterations"))
 
-    def _newest_checkpoint(self) -> str | None:
-        """Of the healthy ones; None before the first."""
-        folder = self.folder.checkpoints
-        if not checkpoint.steps_in(folder):
-            return None
-        warn = lambda text: self.display.say(f"warning: {text}")  # noqa: E731
-        return str(checkpoint.load_newest(folder, warn).path)
+    def _tell_if_rate_changed(self, iterations: int | None) -> None:
+        """Where a cosine that was planned for other `iterations` is stretched."""
+        config = self.config
+        if config.lr_schedule == "cosine" and iterations not in (None, config.iterations):
+            self.display.say(
+                f"--iterations was {iterations} and is {config.iterations}: the cosine is that of "
+                f"the new length, so the learning rate goes on with "
+                f"{self.train_step.learning_rate(self.step):.2e}"
+            )
 
     def save_samples(self) -> None:
         """samples/step_XXXXXXXX.png from the averaged weights: the same starts at every step."""
@@ -319,9 +327,17 @@ class Run:
         self.folder.add_metrics(row)
         seconds_left = (self.config.iterations - self.step) * seconds / steps
         self.display.measured(measured, seconds_left)
-        for track in self.trackers:
-            track(self.step, {name: value for name, value in row.items() if name != "step"})
+        self._track({name: value for name, value in row.items() if name != "step"})
         self._start_interval()
+
+    def _track(self, values: dict[str, float]) -> None:
+        """Hand a row to the trackers; one that cannot write is left out from then on."""
+        for track in list(self.trackers):
+            try:
+                track(self.step, values)
+            except OSError as error:
+                self.trackers.remove(track)
+                self.display.say(f"warning: a tracker failed and is left out: {error}")
 
     def _monitored(self) -> dict[str, float]:
         """Means since the last logged step, as monitor_utilisation and so on."""

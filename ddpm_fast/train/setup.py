@@ -65,10 +65,21 @@ def fit_net_config(config: TrainConfig, images: ImageSet) -> UNetConfig:
     return net
 
 
-def for_ranks(config: TrainConfig, device: torch.device, world: World) -> TrainConfig:
-    """The configuration with its global batch size; UsageError if the ranks cannot share it."""
+def for_ranks(
+    config: TrainConfig, device: torch.device, world: World, *, resumed: bool = False
+) -> TrainConfig:
+    """The configuration with its global batch size; UsageError if the ranks cannot share it.
+
+    resumed  the run has a global batch size already, which must come out
+    """
     if config.batch_size_per_gpu is not None:
         batch_size = config.batch_size_per_gpu * world.size
+        if resumed and batch_size != config.batch_size:
+            raise UsageError(
+                f"--batch-size-per-gpu {config.batch_size_per_gpu} of {world.size} processes are "
+                f"{batch_size} images a step, this run has {config.batch_size}: a resumed run "
+                "keeps its own, also without that flag"
+            )
         config = replace(config, batch_size=batch_size, batch_size_per_gpu=None)
     if world.size > 1 and config.grad_compression != "none" and device.type != "cuda":
         raise UsageError(
@@ -76,9 +87,14 @@ def for_ranks(config: TrainConfig, device: torch.device, world: World) -> TrainC
         )
     shares = world.size * config.grad_accumulation
     if config.batch_size % shares:
+        sizes = [
+            str(n) for n in range(1, config.batch_size + 1)
+            if config.batch_size % (n * config.grad_accumulation) == 0
+        ]  # fmt: skip
         raise UsageError(
             f"--batch-size {config.batch_size} over {world.size} processes in "
-            f"{config.grad_accumulation} parts: must be divisible by {shares}"
+            f"{config.grad_accumulation} parts: must be divisible by {shares}; allowed: "
+            f"{', '.join(sizes) or 'no number of'} processes"
         )
     return config
 

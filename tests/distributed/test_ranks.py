@@ -72,7 +72,11 @@ def test_a_run_resumed_on_another_number_of_ranks_ends_alike(
 
 def test_what_the_ranks_cannot_do_is_refused(run_ranks, tmp_path, tiny):
     for flags, told in [
-        (("--batch-size", 9), "--batch-size 9 over 2 processes in 1 parts: must be divisible by 2"),
+        (
+            ("--batch-size", 9),
+            "--batch-size 9 over 2 processes in 1 parts: must be divisible by 2; "
+            "allowed: 1, 3, 9 processes",
+        ),
         (("--grad-compression", "bf16"), "--grad-compression bf16 is for CUDA; on cpu: none"),
     ]:
         argv = (*TRAIN, *tiny, *flags, "--run-dir", tmp_path / "run")

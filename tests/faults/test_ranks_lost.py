@@ -30,8 +30,11 @@ def test_a_rank_killed_ten_times_in_a_row_ends_as_if_it_never_was(train, same_en
     same_end()
 
 
-def test_a_frozen_rank_is_given_up_within_the_timeout_in_one_line(start_train, steps, ranks_of):
-    process = start_train("--timeout", 5, fault="freeze", rank=1, step=13)
+@pytest.mark.parametrize(("fault", "rank"), [("freeze", 1), ("freeze-in-a-graph", "any")])
+def test_a_frozen_rank_is_given_up_within_the_timeout_in_one_line(
+    start_train, steps, ranks_of, fault, rank
+):
+    process = start_train("--timeout", 5, fault=fault, rank=rank, step=13)
     moments = {}
     for line in process.stdout:  # ends with torchrun and both ranks
         for told in ("step 12/40", "lost another one", "Traceback"):
@@ -47,6 +50,11 @@ def test_a_frozen_rank_is_given_up_within_the_timeout_in_one_line(start_train, s
     assert "--auto-resume goes on from the last checkpoint" in last_words
     assert moments.get("Traceback", float("inf")) > moments["lost another one"]  # torchrun's own
     assert steps() == [10]
+
+
+def test_a_rank_that_is_long_about_its_work_is_not_taken_for_dead(train):
+    flags = ("--timeout", 2, "--iterations", 2, "--sample-every", 2, "--checkpoint-every", 0)
+    assert "finished 2 steps" in train(*flags, fault="long", rank=0)
 
 
 def test_a_rank_lost_while_the_run_is_set_up_is_told_in_one_line(train, tmp_path):

@@ -12,7 +12,7 @@ import torch
 
 from ddpm_fast import checkpoint
 from ddpm_fast.checkpoint import steps_in
-from ddpm_fast.train import loop
+from ddpm_fast.train import loop, stopping
 from ddpm_fast.train.__main__ import main
 from ddpm_fast.train.run_folder import RunFolder
 
@@ -107,10 +107,10 @@ def test_a_run_lost_between_checkpoints_repeats_its_steps_exactly(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_after_the_step_it_met(
+def test_a_signal_stops_after_the_step_it_met_however_often_it_comes(
     tmp_path, whole, train, resume, before_step, weights, rows, capsys, number
 ):
-    undo = before_step(5, lambda: os.kill(os.getpid(), number))
+    undo = before_step(5, lambda: [os.kill(os.getpid(), number) for _ in range(3)])
     handler = signal.getsignal(number)
     assert train(tmp_path / "cut", *SHORT) == 0
     undo()
@@ -122,15 +122,30 @@ def test_a_signal_stops_after_the_step_it_met(
     assert rows(tmp_path / "cut") == rows(whole)
 
 
-def test_a_second_ctrl_c_ends_the_run_at_once_in_one_line(tmp_path, tiny, before_step, refused):
+def test_a_later_ctrl_c_ends_the_run_at_once_in_one_line(
+    tmp_path, tiny, before_step, refused, monkeypatch
+):
+    monkeypatch.setattr(stopping, "SAME_CTRL_C_S", 0.01)
+
     def twice():
         os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(1)  # the handlers run before this ends
 
     before_step(5, twice)
     argv = [*tiny, "--run-dir", tmp_path / "run", *SHORT]
     assert refused(main, argv, 1) == "interrupted"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no such signals")
+@pytest.mark.parametrize("number", ["SIGHUP", "SIGUSR1"])
+def test_what_terminals_and_batch_systems_send_asks_to_stop(number):
+    with stopping.stop_requests() as stop:
+        for _ in range(2):
+            os.kill(os.getpid(), getattr(signal, number))
+            time.sleep(0.001)
+    assert stop == [number, number]
 
 
 def test_a_run_stopped_before_its_first_step_can_be_resumed(
@@ -150,8 +165,10 @@ def test_resume_of_a_run_killed_before_its_first_checkpoint_starts_anew(
 ):
     train_until_killed(3, tmp_path / "cut", *SHORT)
     assert rows(tmp_path / "cut") and not any((tmp_path / "cut" / "checkpoints").iterdir())
+    before = (tmp_path / "cut" / "metrics.jsonl").read_bytes()
     assert resume(tmp_path / "cut") == 0
     assert "no checkpoint yet: starting from step 0" in capsys.readouterr().out
+    assert (tmp_path / "cut" / "metrics.1.jsonl").read_bytes() == before
     assert weights(tmp_path / "cut", 12) == weights(whole, 12)
     assert rows(tmp_path / "cut") == rows(whole)
 
@@ -219,6 +236,28 @@ def test_resume_with_more_iterations_goes_on_to_the_longer_run(
     assert rows(tmp_path / "short") == rows(tmp_path / "long")
     assert resume(tmp_path / "short") == 0  # the new length is the run's own now
     assert '"iterations": 18' in (tmp_path / "short" / "config.json").read_text()
+
+
+def test_parts_of_the_batch_may_be_other_ones_when_a_run_goes_on(
+    tmp_path, whole, train_until_killed, resume, rows
+):
+    """What is to be done where memory does not suffice; the sums are rounded otherwise."""
+    train_until_killed(10, tmp_path / "cut", *SHORT)
+    assert resume(tmp_path / "cut", "--grad-accumulation", 2) == 0
+    losses = [[float(row[1]) for row in rows(run)] for run in (tmp_path / "cut", whole)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_batch_size_per_gpu_goes_on_where_it_comes_to_the_runs_batch_size(
+    tmp_path, whole, tiny, train, train_until_killed, weights, refused
+):
+    flags = (*SHORT, "--batch-size-per-gpu", 8, "--auto-resume")
+    train_until_killed(6, tmp_path / "cut", *flags)
+    argv = [*tiny, *flags, "--run-dir", tmp_path / "cut", "--batch-size-per-gpu", 4]
+    message = refused(main, argv, 2)
+    assert "4 of 1 processes are 4 images a step, this run has 8: a resumed run" in message
+    assert train(tmp_path / "cut", *flags) == 0
+    assert weights(tmp_path / "cut", 12) == weights(whole, 12)
 
 
 def test_resume_with_fewer_iterations_than_done_is_refused(tmp_path, train, refused, tree):
