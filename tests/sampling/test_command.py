@@ -77,6 +77,14 @@ def test_it_goes_on_where_it_was_stopped(draw, monkeypatch):
         assert (folder / name).stat().st_mtime_ns == written
 
 
+def test_an_empty_or_cut_image_is_drawn_again(draw):
+    folder = draw()
+    whole = numbered(folder)
+    (folder / "00000001.png").write_bytes(b"")
+    (folder / "00000004.png").write_bytes(whole["00000004.png"][:-1])
+    assert numbered(draw()) == whole
+
+
 def test_batches_that_are_there_are_not_drawn_again(draw, monkeypatch):
     folder = draw()
     (folder / "00000005.png").unlink()
