@@ -53,7 +53,7 @@ from ddpm_fast.train.stopping import stop_requests
 from ddpm_fast.train.summary import summarise
 from ddpm_fast.train.trackers import Track, open_trackers
 
-SLOW_RANK = 1.5  # a forward pass of so many medians is told; 2 ranks: one takes 3 times the other's
+SLOW_RANK = 1.5  # an own time of so many medians is told; 2 ranks: one takes 3 times the other's
 
 
 def train(invocation: Invocation) -> None:
@@ -154,6 +154,12 @@ class Run:
         )
         if self.monitor is not None and self.monitor.why_not:
             self.display.say(f"{self.monitor.why_not}; this machine's processors are")
+
+        if self.world.size > 1 and config.norm == "bn":
+            self.display.say(
+                "warning: --norm bn averages over each process's own images: another number of "
+                "processes gives another run"
+            )
 
     def _where(self) -> str:
         size = self.world.size
@@ -311,7 +317,7 @@ class Run:
             images_per_s=round(steps * self.config.batch_size / seconds, 2),
             grad_norm=norm,
             peak_gib=round(peak_gib(self.device), 3),
-            data_wait=round((self.train_step.batches.wait_s - self._waited_s) / seconds, 4),
+            data_wait=round(max(self.world.gather(self._waits_s())) / seconds, 4),
             skew=self._skew(),
         )
         self._check_finite()
@@ -347,12 +353,20 @@ class Run:
         self._monitored_s = self.monitor.seconds
         return {f"monitor_{name}": round(value, 2) for name, value in means.items()}
 
+    def _waits_s(self) -> float:
+        """Seconds that this rank has waited for its data since the last logged step."""
+        return self.train_step.batches.wait_s - self._waited_s
+
     def _skew(self) -> float | None:
-        """The slowest rank's forward pass over the median; one slow twice in a row is named."""
+        """The slowest rank's own time a step over the median; one slow twice in a row is named.
+
+        Its own time, in which it waits for no other: the forward pass, and the wait for its data.
+        """
         if self.world.size == 1:
             return None
-        own = self.train_step.forward_s
-        seconds = self.world.gather(math.nan if own is None else own)
+        forward_s, steps = self.train_step.forward_s, self.step - self._interval_step
+        own_s = math.nan if forward_s is None else forward_s + self._waits_s() / steps
+        seconds = self.world.gather(own_s)
         if not all(s > 0 for s in seconds):
             return None
         skew = max(seconds) / statistics.median(seconds)
@@ -360,8 +374,8 @@ class Run:
         if slow is not None and slow == self._slow_rank and slow not in self._told_slow:
             self._told_slow.add(slow)
             self.display.say(
-                f"warning: rank {slow} is slow: its forward pass at step {self.step} took "
-                f"{skew:.1f} times the median"
+                f"warning: rank {slow} is slow: its forward pass and wait for data at step "
+                f"{self.step} took {skew:.1f} times the median"
             )
         self._slow_rank = slow
         return round(skew, 3)

@@ -21,6 +21,18 @@ def test_the_writer_killed_in_a_checkpoint_is_restarted_and_nothing_is_lost(trai
     same_end()
 
 
+def test_one_of_four_ranks_killed_is_restarted_with_all_and_the_losses_are_the_same(
+    train, rows, tmp_path, undisturbed
+):
+    output = train("--auto-resume", fault="kill", rank=2, step=23, count=4,
+                   options=("--max-restarts", 1))  # fmt: skip
+    assert "on 4 processes" in output and "resumed after step" in output
+    found, expected = rows(tmp_path / "run"), rows(undisturbed)
+    assert [row["step"] for row in found] == [row["step"] for row in expected]
+    losses = [row["loss"] for row in expected]
+    assert [row["loss"] for row in found] == pytest.approx(losses, rel=1e-5)
+
+
 @pytest.mark.slow
 def test_a_rank_killed_ten_times_in_a_row_ends_as_if_it_never_was(train, same_end):
     output = train("--auto-resume", "--checkpoint-every", 3, fault="kill-each-time", step=0,

@@ -1,6 +1,7 @@
 """A killed, stopped or extended run ends where an uninterrupted one does, bit for bit."""
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -12,6 +13,8 @@ import torch
 
 from ddpm_fast import checkpoint
 from ddpm_fast.checkpoint import steps_in
+from ddpm_fast.data import batches, read_ahead
+from ddpm_fast.data.read_ahead import ReadAhead
 from ddpm_fast.train import loop, stopping
 from ddpm_fast.train.__main__ import main
 from ddpm_fast.train.run_folder import RunFolder
@@ -158,6 +161,27 @@ def test_a_run_stopped_before_its_first_step_can_be_resumed(
     assert (tmp_path / "cut" / "checkpoints" / "step_00000000").is_dir()
     assert resume(tmp_path / "cut") == 0
     assert weights(tmp_path / "cut", 12) == weights(whole, 12)
+
+
+def test_a_set_that_is_read_ahead_goes_on_exactly_and_its_waits_are_logged(
+    tmp_path, whole, train_until_killed, resume, weights, rows, monkeypatch
+):
+    """As one larger than memory is; the run is that of the same images held in memory."""
+
+    def slowly(self, step):
+        time.sleep(0.02)
+        return order(self, step)
+
+    order = ReadAhead._order
+    monkeypatch.setattr(ReadAhead, "_order", slowly)
+    monkeypatch.setattr(batches, "RESIDENT_BYTES", 0)
+    monkeypatch.setattr(read_ahead, "STEPS_AHEAD", 0)  # each batch is waited for
+    train_until_killed(10, tmp_path / "cut", *SHORT)
+    assert resume(tmp_path / "cut") == 0
+    assert weights(tmp_path / "cut", 12) == weights(whole, 12)
+    assert rows(tmp_path / "cut") == rows(whole)
+    logged = [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").open()]
+    assert all(0.3 < row["data_wait"] <= 1 for row in logged)  # the step itself takes some ms
 
 
 def test_resume_of_a_run_killed_before_its_first_checkpoint_starts_anew(
