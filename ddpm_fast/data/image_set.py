@@ -29,6 +29,7 @@ class ImageSet:
     name                       what the set is called in messages
     photographs                True: a mirrored image is as good (horizontal flips allowed)
     digest                     hexadecimal, of all bytes of the files; None: not known
+    cache                      the folder whose images.npy it maps; None: no cache
     raises       DataError     naming the value that breaks one of these rules
     """
 
@@ -38,6 +39,7 @@ class ImageSet:
     name: str
     photographs: bool
     digest: str | None = None
+    cache: str | None = None
 
     def __post_init__(self) -> None:
         images = self.images

@@ -192,10 +192,10 @@ def _disturb(
 
     Every fourth kill or so strikes while the run still starts: the one before has no such time.
     """
-    deadline, restarts_s = time.monotonic() + 60 * minutes, []
     training.start()
     _await_step(training)  # a start that fails is not tried again without end
     training.max_restarts = 1000
+    deadline, restarts_s = time.monotonic() + 60 * minutes, []
     for kills in range(1, wanted + 1):
         kind, pause_s = rng.choice(list(KILLS)), rng.random()
         in_training = rng.random() < 0.75

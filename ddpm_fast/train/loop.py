@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +35,7 @@ from ddpm_fast.train.failures import (
     told_if_only_a_grid_fails,
 )
 from ddpm_fast.train.progress import Display, Measured, peak_gib
-from ddpm_fast.train.resuming import facts, newest_checkpoint, restore
+from ddpm_fast.train.resuming import facts, newest_checkpoint, news_of_rate, restore
 from ddpm_fast.train.run_folder import RunFolder, RunFolderError, default_run_dir
 from ddpm_fast.train.saving import Saving
 from ddpm_fast.train.setup import (
@@ -45,15 +43,14 @@ from ddpm_fast.train.setup import (
     compiled_graphs,
     for_ranks,
     make_step,
-    open_data,
+    open_data_once,
     wrap_net,
 )
+from ddpm_fast.train.skew import SkewWatch
 from ddpm_fast.train.step import TrainStep
 from ddpm_fast.train.stopping import stop_requests
 from ddpm_fast.train.summary import summarise
 from ddpm_fast.train.trackers import Track, open_trackers
-
-SLOW_RANK = 1.5  # an own time of so many medians is told; 2 ranks: one takes 3 times the other's
 
 
 def train(invocation: Invocation) -> None:
@@ -73,7 +70,7 @@ def train(invocation: Invocation) -> None:
 
 def _train(invocation: Invocation, device: torch.device, world: World) -> None:
     config = for_ranks(invocation.config, device, world, resumed=invocation.resume)
-    images = world.chief_first(lambda: open_data(config, print if world.is_chief else _quiet))
+    images = open_data_once(config, world, print if world.is_chief else _quiet)
     train_step = make_step(config, images, device, world)
     path = Path(world.from_chief(lambda: str(config.run_dir or default_run_dir(config.preset))))
     wait_s = config.timeout if invocation.waits else 0.0
@@ -138,8 +135,7 @@ class Run:
         self.last_measured: Measured | None = None
         self._trained_steps, self._trained_s = 0, 0.0  # by this process, maintenance left out
         self._trained_any, self._told_skipped, self._told_graph = False, 0, False
-        self._slow_rank: int | None = None  # at the last logged step
-        self._told_slow: set[int] = set()
+        self._skew = SkewWatch(self.world, display.say)
         self._compiled_graphs = 0
         self._start_interval()
 
@@ -191,7 +187,8 @@ class Run:
                 self.train_step(self.step)
         except compile_errors() as error:
             path = self.folder.path / "compile_error.txt"
-            path.write_text("".join(traceback.format_exception(error)))
+            with suppress(OSError):  # a rank on another machine may not see the folder
+                path.write_text("".join(traceback.format_exception(error)))
             why = " ".join(str(error).split("\n")[:2])[:200]  # what failed, and its own error
             if self.config.force_compile:
                 raise TrainingError(f"--force-compile: {why}; all of it in {path}") from None
@@ -270,17 +267,8 @@ class Run:
         self.step = self.saving.saved_step = saved.step
         self.folder.forget_metrics_after(self.step)
         say(f"resumed after step {self.step} from {saved.path}")
-        self._tell_if_rate_changed(saved.manifest.get("config", {}).get("iterations"))
-
-    def _tell_if_rate_changed(self, iterations: int | None) -> None:
-        """Where a cosine that was planned for other `iterations` is stretched."""
-        config = self.config
-        if config.lr_schedule == "cosine" and iterations not in (None, config.iterations):
-            self.display.say(
-                f"--iterations was {iterations} and is {config.iterations}: the cosine is that of "
-                f"the new length, so the learning rate goes on with "
-                f"{self.train_step.learning_rate(self.step):.2e}"
-            )
+        if news := news_of_rate(self.train_step, saved):
+            say(news)
 
     def save_samples(self) -> None:
         """samples/step_XXXXXXXX.png from the averaged weights: the same starts at every step."""
@@ -310,6 +298,7 @@ class Run:
             self._trained_steps + steps,
             self._trained_s + seconds,
         )
+        waits_s = self.train_step.batches.wait_s - self._waited_s
         measured = Measured(
             step=self.step,
             loss=loss,
@@ -317,8 +306,8 @@ class Run:
             images_per_s=round(steps * self.config.batch_size / seconds, 2),
             grad_norm=norm,
             peak_gib=round(peak_gib(self.device), 3),
-            data_wait=round(max(self.world.gather(self._waits_s())) / seconds, 4),
-            skew=self._skew(),
+            data_wait=round(max(self.world.gather(waits_s)) / seconds, 4),
+            skew=self._skew.measure(self.step, self.train_step.forward_s, waits_s / steps),
         )
         self._check_finite()
         self.last_measured = measured
@@ -352,33 +341,6 @@ class Run:
         means = self.monitor.means_since(self._monitored_s)
         self._monitored_s = self.monitor.seconds
         return {f"monitor_{name}": round(value, 2) for name, value in means.items()}
-
-    def _waits_s(self) -> float:
-        """Seconds that this rank has waited for its data since the last logged step."""
-        return self.train_step.batches.wait_s - self._waited_s
-
-    def _skew(self) -> float | None:
-        """The slowest rank's own time a step over the median; one slow twice in a row is named.
-
-        Its own time, in which it waits for no other: the forward pass, and the wait for its data.
-        """
-        if self.world.size == 1:
-            return None
-        forward_s, steps = self.train_step.forward_s, self.step - self._interval_step
-        own_s = math.nan if forward_s is None else forward_s + self._waits_s() / steps
-        seconds = self.world.gather(own_s)
-        if not all(s > 0 for s in seconds):
-            return None
-        skew = max(seconds) / statistics.median(seconds)
-        slow = seconds.index(max(seconds)) if skew > SLOW_RANK else None
-        if slow is not None and slow == self._slow_rank and slow not in self._told_slow:
-            self._told_slow.add(slow)
-            self.display.say(
-                f"warning: rank {slow} is slow: its forward pass and wait for data at step "
-                f"{self.step} took {skew:.1f} times the median"
-            )
-        self._slow_rank = slow
-        return round(skew, 3)
 
     def _tell_news(self) -> None:
         """Steps that were left out, how the step runs: once each."""

@@ -64,6 +64,18 @@ def restore(train_step: TrainStep, saved: Checkpoint) -> None:
         raise CheckpointError(f"{saved.path} cannot be resumed: {error}") from None
 
 
+def news_of_rate(train_step: TrainStep, saved: Checkpoint) -> str | None:
+    """What to say where a cosine that was planned for another length is stretched."""
+    config = train_step.config
+    iterations = saved.manifest.get("config", {}).get("iterations", config.iterations)
+    if config.lr_schedule != "cosine" or iterations == config.iterations:
+        return None
+    return (
+        f"--iterations was {iterations} and is {config.iterations}: the cosine is that of the new "
+        f"length, so the learning rate goes on with {train_step.learning_rate(saved.step):.2e}"
+    )
+
+
 def _check_same_run(saved: Checkpoint, found: Mapping[str, Any]) -> None:
     """ValueError naming what is not as the checkpoint's manifest says, which knows some of it."""
     found = json.loads(json.dumps(found))  # tuples are lists there

@@ -16,6 +16,7 @@ from torch.utils._triton import has_triton
 
 from ddpm_fast.data import ImageSet, open_images
 from ddpm_fast.data.batches import Batches
+from ddpm_fast.data.cache import handed_over, taken_over
 from ddpm_fast.diffusion.process import Diffusion
 from ddpm_fast.distributed import ALONE, World
 from ddpm_fast.ema import EMA
@@ -47,6 +48,19 @@ def open_data(config: TrainConfig, say: Callable[[str], None]) -> ImageSet:
     for warning in caught:
         say(f"warning: {warning.message}")
     return images
+
+
+def open_data_once(config: TrainConfig, world: World, say: Callable[[str], None]) -> ImageSet:
+    """open_data on rank 0; the others map the images that it decoded, where they can.
+
+    Names, digests and so on come from rank 0: it alone reads the files to tell whether one changed.
+    """
+    if world.is_chief:
+        images = open_data(config, say)
+        world.from_chief(lambda: handed_over(images))
+        return images
+    known = world.from_chief(lambda: None)
+    return taken_over(known) or open_data(config, say)
 
 
 def fit_net_config(config: TrainConfig, images: ImageSet) -> UNetConfig:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ddpm_fast import checkpoint
 from ddpm_fast.diffusion.process import Diffusion
-from ddpm_fast.train import loop
+from ddpm_fast.train import loop, setup
 from ddpm_fast.train.__main__ import main
 from ddpm_fast.train.step import TrainStep
 
@@ -96,7 +96,7 @@ def be_long():
 
         return call
 
-    loop.open_data, loop.sample_images = slowly(loop.open_data), slowly(loop.sample_images)
+    setup.open_data, loop.sample_images = slowly(setup.open_data), slowly(loop.sample_images)
 
 
 def spoil_the_loss():

@@ -14,7 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
+from ddpm_fast.data import ImageSet
+from ddpm_fast.train import setup
 from ddpm_fast.train.__main__ import main
+from ddpm_fast.train.config import TrainConfig
 from ddpm_fast.train.loop import Run
 from ddpm_fast.train.run_folder import RunFolderError
 from tests.conftest import TINY
@@ -289,6 +292,15 @@ def test_a_rank_that_does_not_see_the_run_folder_says_so():
     run.display = run.folder = SimpleNamespace(say=None)
     with pytest.raises(RunFolderError, match="rank 1 cannot see /not/here/step_00000002, which"):
         run.resume()
+
+
+def test_a_rank_takes_the_set_that_rank_0_opened_or_opens_it_where_it_cannot(monkeypatch):
+    opened = ImageSet(images=np.zeros((4, 1, 16, 16), np.uint8), name="a", photographs=False)
+    monkeypatch.setattr(setup, "open_data", lambda config, say: opened)
+    monkeypatch.setattr(setup, "taken_over", lambda known: known)
+    for known, expected in (("taken", "taken"), (None, opened)):
+        world = SimpleNamespace(is_chief=False, from_chief=lambda make, known=known: known)
+        assert setup.open_data_once(TrainConfig(), world, print) is expected
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"preset": "digits", "colour": 1}'])
