@@ -108,10 +108,11 @@ class Heartbeat:
             self._over.wait(self._beat_s)
 
     def _listen(self) -> None:
-        for rank in self._others:
-            found = self._store.check([_key(rank)]) and self._store.get(_key(rank))
-            if found and found != self._beats.get(rank):
-                self._beats[rank], self._heard_s[rank] = found, self._awake_s
+        came = [r for r in self._others if r in self._beats or self._store.check([_key(r)])]
+        found = self._store.multi_get([_key(rank) for rank in came]) if came else []
+        for rank, beat in zip(came, found, strict=True):
+            if beat != self._beats.get(rank):
+                self._beats[rank], self._heard_s[rank] = beat, self._awake_s
         self._answered_s = self._awake_s
 
     def _judge(self) -> None:

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -75,6 +76,14 @@ def test_it_goes_on_where_it_was_stopped(draw, monkeypatch):
     assert numbered(folder) == whole
     for name, written in kept.items():  # those that were there were not written again
         assert (folder / name).stat().st_mtime_ns == written
+
+
+def test_all_ranks_take_the_checkpoint_that_rank_0_found(tiny_run):
+    """Not their own newest one: a run may go on meanwhile."""
+    found = tiny_run / "checkpoints" / "step_00000004"
+    world = SimpleNamespace(is_chief=False, from_chief=lambda make: str(found))
+    options = SampleOptions(checkpoint="not-asked-for")
+    assert command._load(options, torch.device("cpu"), world).path == found
 
 
 def test_an_empty_or_cut_image_is_drawn_again(draw):
