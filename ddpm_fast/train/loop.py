@@ -150,7 +150,6 @@ class Run:
         )
         if self.monitor is not None and self.monitor.why_not:
             self.display.say(f"{self.monitor.why_not}; this machine's processors are")
-
         if self.world.size > 1 and config.norm == "bn":
             self.display.say(
                 "warning: --norm bn averages over each process's own images: another number of "

@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,9 @@ class RunFolder:
         try:
             self.samples.mkdir(parents=True, exist_ok=True)
             self.checkpoints.mkdir(exist_ok=True)
-            sync_folder(path)
-            sync_folder(path.parent)
+            with suppress(OSError):  # one that may not be listed is as good
+                sync_folder(path.parent)
+                sync_folder(path)
             self._lock = _locked(path / "lock", wait_s)
         except OSError as error:
             raise RunFolderError(

@@ -66,7 +66,9 @@ def test_a_frozen_rank_is_given_up_within_the_timeout_in_one_line(
 
 def test_a_rank_that_is_long_about_its_work_is_not_taken_for_dead(train):
     flags = ("--timeout", 2, "--iterations", 2, "--sample-every", 2, "--checkpoint-every", 0)
-    assert "finished 2 steps" in train(*flags, fault="long", rank=0)
+    output = train(*flags, "--norm", "bn", fault="long", rank=0)
+    assert "finished 2 steps" in output
+    assert output.count("warning: --norm bn averages over each process's own images") == 1
 
 
 def test_a_rank_lost_while_the_run_is_set_up_is_told_in_one_line(train, tmp_path):
