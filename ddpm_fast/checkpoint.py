@@ -61,6 +61,7 @@ def save(
     *,
     keep: int,
     keep_every: int = 0,
+    warn: Callable[[str], None] = lambda text: None,
 ) -> Path:
     """Write `folder`/step_XXXXXXXX, then remove what need not be kept.
 
@@ -68,6 +69,7 @@ def save(
     facts       JSON values for the manifest, such as seed and net
     keep        the newest so many stay
     keep_every  so does every step that it divides; 0: none
+    warn        told of an old one that cannot be removed
     returns     the checkpoint's folder
     raises      CheckpointError  disk full or not writable; earlier checkpoints are untouched
     """
@@ -86,7 +88,8 @@ def save(
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    _prune(folder, step, keep, keep_every)
+    for left in _prune(folder, step, keep, keep_every):
+        warn(f"{left} is not needed any more and cannot be removed")
     return final
 
 
@@ -248,16 +251,19 @@ def _reason(error: OSError | SafetensorError) -> str:
     return os.strerror(number) if number is not None else str(error)
 
 
-def _prune(folder: Path, step: int, keep: int, keep_every: int) -> None:
+def _prune(folder: Path, step: int, keep: int, keep_every: int) -> list[Path]:
     """Remove what neither rule keeps, once `step`, whose bytes were just verified, stands.
 
     A later step is damaged, or `step` would have followed it: it does not count. So `step` is
     among the newest, and one that is healthy always stays.
+    returns  what could not be removed
     """
     steps = [s for s in steps_in(folder) if s <= step]
-    for old in steps[:-keep]:
-        if not (keep_every and old % keep_every == 0):
-            shutil.rmtree(folder / f"step_{old:08d}", ignore_errors=True)
+    unneeded = [s for s in steps[:-keep] if not (keep_every and s % keep_every == 0)]
+    paths = [folder / f"step_{old:08d}" for old in unneeded]
+    for path in paths:
+        shutil.rmtree(path, ignore_errors=True)
+    return [path for path in paths if path.exists()]
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ddpm_fast import checkpoint
-from ddpm_fast.checkpoint import Tensors
+from ddpm_fast.checkpoint import CheckpointError, Tensors
 
 # Torch rounds page-locked memory up to a power of two: 1.8 times the state for a block per 3x3
 # convolution, next to nothing for blocks of this size.
@@ -36,11 +36,13 @@ class CheckpointWriter:
     """Writes checkpoints into `folder`, one at a time, in a thread.
 
     folder, keep, keep_every  as of :func:`ddpm_fast.checkpoint.save`
-    warn                      told of a failed write when another exception is already under way
+    warn                      told of a failed write when another exception is already under way,
+                              and, in the thread, of an old checkpoint that cannot be removed
 
-    A write that failed raises its CheckpointError from the next save(), wait() or close(), and
-    that save is not begun. As a context manager it waits for the write at the end, also on an
-    exception; a second Ctrl-C ends the wait, and what was half written is no checkpoint.
+    A state that is not finite is not written. A write that failed raises its CheckpointError from
+    the next save(), wait(), poll() or close(), and that save is not begun. As a context manager it
+    waits for the write at the end, also on an exception; a second Ctrl-C ends the wait, and what
+    was half written is no checkpoint.
 
     last_stall_s       the last save() held its caller so long: earlier write, then copy
     last_copy_s        of that, the copy
@@ -94,6 +96,11 @@ class CheckpointWriter:
         self.wait()
         self._host.take(parts)
 
+    def poll(self) -> None:
+        """As wait(), but only where nothing is being written any more."""
+        if self._thread is not None and not self._thread.is_alive():
+            self.wait()
+
     def wait(self) -> None:
         """Until nothing is being written; raises CheckpointError if that write failed."""
         if self._thread is not None and self._thread.ident is not None:  # None: never started
@@ -124,12 +131,27 @@ class CheckpointWriter:
     def _write(self, step: int, parts: Mapping[str, Tensors], facts: Mapping[str, Any]) -> None:
         start = time.perf_counter()
         try:
+            _check_finite(self.folder, step, parts)
             checkpoint.save(
-                self.folder, step, parts, facts, keep=self.keep, keep_every=self.keep_every
-            )
+                self.folder, step, parts, facts,
+                keep=self.keep, keep_every=self.keep_every, warn=self._warn,
+            )  # fmt: skip
             self.last_written_step, self.last_write_s = step, time.perf_counter() - start
         except BaseException as error:  # whatever it is, the caller must hear of it
             self._error = error
+
+
+def _check_finite(folder: Path, step: int, parts: Mapping[str, Tensors]) -> None:
+    """CheckpointError naming a tensor that is not finite; its extrema show that without a copy."""
+    for part, tensors in parts.items():
+        for name, tensor in tensors.items():
+            if not tensor.numel() or not tensor.is_floating_point():
+                continue
+            if not all(torch.isfinite(value) for value in tensor.aminmax()):
+                raise CheckpointError(
+                    f"checkpoint {folder / f'step_{step:08d}'} not written: {name!r} of the {part} "
+                    "is not finite; earlier checkpoints are untouched"
+                )
 
 
 class HostCopy:

@@ -1,19 +1,24 @@
 """The processes of a run: who this one is, and what they agree on by the host's own network.
 
 PyTorch Distributed and torchrun are the engine. Beside the gradients' group (NCCL on CUDA) there is
-a gloo group between the hosts: the ranks meet in it before each step, so that a rank that died is
-noticed even where the gradients' collectives lie in a captured graph, which no watchdog sees.
+a gloo group between the hosts, in which the ranks meet before each step: one that died is noticed
+there at once, as its connection is closed. One that is frozen or cut off is noticed by
+heartbeat.py, whatever the ranks wait for; so a meeting may take as long as the last one's work.
+Only the gradients' group has a time-out of its own.
 """
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import signal
 import sys
 import time
+import traceback
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -22,9 +27,16 @@ import torch
 import torch.distributed as dist
 
 from ddpm_fast.device import pick_device
-from ddpm_fast.errors import UsageError
+from ddpm_fast.errors import Failure, UsageError
+from ddpm_fast.heartbeat import Heartbeat, end_process, last_words
 
 T = TypeVar("T")
+
+MEETING = timedelta(days=30)  # rank 0 may download, decode or draw while the others wait
+
+
+class RankLost(Failure):
+    """Another rank died, froze or did not come: one line saying when, and how to go on."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +58,7 @@ class World:
     def any(self, flag: bool) -> bool:
         """Whether any rank's flag is set: all ranks meet here and get the same answer.
 
-        raises  RuntimeError  a rank died, or did not come within the time-out
+        raises  RuntimeError  a rank died
         """
         if self.size == 1:
             return flag
@@ -91,6 +103,8 @@ class World:
         step has to be forgotten before: NCCL waits until no graph holds its collectives.
         """
         if self.size > 1:
+            for heartbeat in _heartbeat:
+                heartbeat.stop(left=True)
             _host_group.clear()
             dist.destroy_process_group()
 
@@ -98,6 +112,7 @@ class World:
 ALONE = World()
 
 _host_group: list[dist.ProcessGroup] = []
+_heartbeat: list[Heartbeat] = []
 
 
 def _hosts() -> dist.ProcessGroup:
@@ -123,7 +138,7 @@ def rank_device(name: str) -> torch.device:
         if device.index is not None:
             torch.cuda.set_device(device)
         return device
-    local_rank, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    local_rank, count = _world_of_environment().local_rank, torch.cuda.device_count()
     if local_rank >= count:
         raise UsageError(
             f"process {local_rank} of this machine, which has {count} GPUs; allowed: "
@@ -134,25 +149,63 @@ def rank_device(name: str) -> torch.device:
     return device
 
 
-def is_lost_rank(error: RuntimeError) -> bool:
+def _is_lost_rank(error: RuntimeError) -> bool:
     """Whether a collective failed because another rank is gone or too late."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+@contextmanager
+def told_if_rank_lost(prog: str, when: Callable[[], str], then: str) -> Iterator[None]:
+    """RankLost where another rank died or refused; the heartbeat's last words are the same.
+
+    prog  the command;  when  "after step 3";  then  how to go on
+    """
+
+    def line(why: str) -> str:
+        rank = os.environ.get("RANK", "0")
+        return f"rank {rank} lost another one {when()}: {why}; {then}"
+
+    try:
+        with last_words(lambda why: f"{prog}: error: {line(why)}"):
+            yield
+    except RuntimeError as error:
+        if not (launched_by_torchrun() and _is_lost_rank(error)):
+            raise
+        raise RankLost(line(str(error).strip().partition("\n")[0][:200])) from None
+
+
+@contextmanager
+def left_at_once_if_rank_lost(prog: str) -> Iterator[None]:
+    """Around all that may raise RankLost: say it as `prog` does and end the process."""
+    try:
+        yield
+    except RankLost as error:
+        if os.environ.get("DDPM_FAST_TRACEBACK"):
+            traceback.print_exc()
+        end_process(f"{prog}: error: {error}")
 
 
 def join(device: torch.device, *, timeout_s: float) -> World:
     """Meet the other processes that torchrun started; a World of one without it.
 
     device     cpu: gradients by gloo; cuda: by NCCL
-    timeout_s  how long to wait for a rank before giving it up
-    raises     RuntimeError  the others do not come
+    timeout_s  how long another rank may be silent, or keep a gradient waiting, before it is given
+               up: this process then ends, with heartbeat.last_words
+    raises     RuntimeError  the others do not come;  UsageError  torchrun's variables are missing
     """
     if not launched_by_torchrun():
         return World()
     _end_with_the_agent()
-    world = World(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+    world = _world_of_environment()
     timeout = timedelta(seconds=timeout_s)
     store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
     name = _name_of_this_start(store, world, timeout_s)
+    own_connection = store.clone()
+    _heartbeat[:] = [
+        Heartbeat(dist.PrefixStore(f"{name}_heartbeat", own_connection), world.rank, world.size,
+                  timeout_s=timeout_s)
+    ]  # fmt: skip
+    atexit.register(_heartbeat[0].stop, left=False)  # before the interpreter takes threads down
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=dist.PrefixStore(name, store),
@@ -160,8 +213,26 @@ def join(device: torch.device, *, timeout_s: float) -> World:
         world_size=world.size,
         timeout=timeout,
     )
-    _host_group[:] = [dist.new_group(backend="gloo", timeout=timeout)]
+    _host_group[:] = [dist.new_group(backend="gloo", timeout=MEETING)]
     return world
+
+
+def _world_of_environment() -> World:
+    """From the variables that torchrun sets; Slurm's own number for a rank on its machine will do.
+
+    raises  UsageError  one is missing
+    """
+    found = dict(os.environ)
+    found.setdefault("LOCAL_RANK", found.get("SLURM_LOCALID", ""))
+    try:
+        return World(*(int(found[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+    except (KeyError, ValueError):
+        missing = [n for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if not found.get(n)]
+        raise UsageError(
+            f"WORLD_SIZE is {found['WORLD_SIZE']}, but {', '.join(missing) or 'a rank'} is not "
+            "set: start with torchrun, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and "
+            "MASTER_PORT"
+        ) from None
 
 
 def _end_with_the_agent() -> None:

@@ -254,6 +254,16 @@ def test_the_newest_and_every_so_manyth_stay_whatever_the_clock_says(tmp_path):
     assert value_of(load_newest(tmp_path, print)) == 11
 
 
+def test_an_old_one_that_cannot_be_removed_is_told(tmp_path, warnings, monkeypatch):
+    with CheckpointWriter(tmp_path, keep=1, warn=warnings.append) as writer:
+        writer.save(1, parts(1), {})
+        writer.wait()
+        monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda *_, **__: None)
+        writer.save(2, parts(2), {})
+    kept = tmp_path / "step_00000001"
+    assert warnings == [f"{kept} is not needed any more and cannot be removed"]
+
+
 @pytest.mark.parametrize("rule", [{"keep": 0}, {"keep": -1}, {"keep": 1, "keep_every": -1}])
 def test_a_rule_that_keeps_nothing_is_refused(tmp_path, rule):
     with pytest.raises(ValueError, match="must be 1 or more"):
@@ -320,6 +330,20 @@ def test_a_failed_write_is_raised_at_the_end_of_a_run_without_other_errors(tmp_p
         CheckpointWriter(tmp_path, keep=1) as writer,
     ):
         writer.save(1, parts(1), {})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_state_that_is_not_finite_is_refused_by_the_name_of_the_tensor(tmp_path, value, dtype):
+    state = parts(1)
+    state["ema"]["w"] = torch.ones(2, 3, 4, 5, dtype=dtype).to(memory_format=torch.channels_last)
+    state["ema"]["w"][1, 2, 3, 4] = value
+    with CheckpointWriter(tmp_path, keep=9) as writer:
+        writer.save(1, parts(1), {})
+        writer.save(2, state, {})
+        with pytest.raises(CheckpointError, match="step_00000002 not written: 'w' of the ema is"):
+            writer.wait()
+    assert steps_in(tmp_path) == [1]
 
 
 def test_a_fault_of_the_thread_that_is_no_checkpoint_error_is_raised_too(tmp_path):

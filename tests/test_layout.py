@@ -17,7 +17,7 @@ RANKS = {
     "kernels": 1,
     "ops": 2, "graphs": 2, "fused_adamw": 2,
     "nn": 3, "diffusion": 3, "data": 3, "device": 3, "distributed": 3, "ema": 3, "images": 3,
-    "metrics": 3, "monitoring": 3, "optimizer": 3,
+    "heartbeat": 3, "metrics": 3, "monitoring": 3, "optimizer": 3,
     "checkpoint": 4, "checkpoint_writer": 4, "convert": 4,
     "loading": 5, "train": 5,
     "sampling": 6, "doctor": 6, "scaling": 6,
@@ -26,7 +26,7 @@ RANKS = {
     "": 9,  # __init__.py: the public names
 }  # fmt: skip
 ALSO = {
-    "distributed": {"device"},
+    "distributed": {"device", "heartbeat"},
     "arguments": {"errors"},
     "checkpoint_writer": {"checkpoint"},
     "convert": {"checkpoint"},

@@ -14,9 +14,9 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -83,7 +83,28 @@ def open_cached(
         class_names=files.class_names(),
         name=files.source,
         photographs=True,
+        digest=files.digest,
+        cache=str(folder.absolute()),
     )
+
+
+def handed_over(images: ImageSet) -> dict[str, Any] | None:
+    """What another process needs to open a set that lies in a cache; None for other sets."""
+    if images.cache is None:
+        return None
+    values = {field.name: getattr(images, field.name) for field in fields(images)}
+    return values | {"images": images.images.shape}
+
+
+def taken_over(known: dict[str, Any] | None) -> ImageSet | None:
+    """The set that was handed over; None where its cache cannot be seen from here."""
+    if known is None:
+        return None
+    try:
+        images = map_array(Path(known["cache"]) / "images.npy")
+    except (OSError, ValueError):
+        return None
+    return ImageSet(**known | {"images": images}) if images.shape == known["images"] else None
 
 
 def _key(files: ImageFiles, image_size: int | None, channels: int) -> str:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from ddpm_fast.errors import Failure
 
 CHANNELS = (1, 3)
+DIGEST_ROWS, DIGEST_BYTES = 256, 16 << 20  # at most; 0.8 MB of CIFAR-10
 MAX_CLASSES = 100_000  # a label past it is a mistake (an index, a hash), not a class
 
 
@@ -25,6 +29,8 @@ class ImageSet:
     class_names                one name a class; empty exactly when labels is None
     name                       what the set is called in messages
     photographs                True: a mirrored image is as good (horizontal flips allowed)
+    digest                     hexadecimal, of all bytes of the files; None: not known
+    cache                      the folder whose images.npy it maps; None: no cache
     raises       DataError     naming the value that breaks one of these rules
     """
 
@@ -33,6 +39,8 @@ class ImageSet:
     class_names: tuple[str, ...] = ()
     name: str
     photographs: bool
+    digest: str | None = None
+    cache: str | None = None
 
     def __post_init__(self) -> None:
         images = self.images
@@ -62,6 +70,25 @@ class ImageSet:
                 f"{self.name}: labels run from {low} to {high};"
                 f" allowed: 0..{self.num_classes - 1} (num_classes={self.num_classes})"
             )
+
+    def identity(self) -> dict[str, Any]:
+        """JSON values that tell a changed set from this one; reads some rows at most."""
+        return {
+            "name": self.name,
+            "shape": list(self.images.shape),
+            "digest": self.digest or self._digest_of_some_rows,
+        }
+
+    @cached_property  # each checkpoint asks for it
+    def _digest_of_some_rows(self) -> str:
+        """Of evenly spaced images and all labels: a set may be larger than memory."""
+        whole = hashlib.blake2b(digest_size=16)
+        num_rows = min(DIGEST_ROWS, 1 + DIGEST_BYTES // self.images[0].nbytes)
+        for row in np.linspace(0, len(self.images) - 1, num_rows).astype(int):
+            whole.update(np.ascontiguousarray(self.images[row]).tobytes())
+        if self.labels is not None:
+            whole.update(np.ascontiguousarray(self.labels).tobytes())
+        return whole.hexdigest()
 
     @property
     def num_classes(self) -> int:

@@ -25,13 +25,17 @@ class DoctorOptions:
     chaos: bool = False
     """instead: a small training under random kills must end as an undisturbed one"""
     minutes: float = 2.0
-    """of --chaos: how long there are kills, about 10 a minute"""
+    """of --chaos: how long there are kills at most, about 10 a minute"""
+    kills: int | None = None
+    """of --chaos: how many; exit code 1 if the minutes did not suffice"""
     seed: int = 0
     """of --chaos: which kills, and when"""
 
     def __post_init__(self) -> None:
         if not 0 < self.minutes < float("inf"):
             raise ValueError(f"minutes={self.minutes} must be positive")
+        if self.kills is not None and self.kills < 1:
+            raise ValueError(f"kills={self.kills} must be at least 1")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,7 +48,7 @@ def _run(argv: Sequence[str]) -> int:
     if options.chaos:
         from ddpm_fast.doctor.chaos import chaos
 
-        return chaos(options.minutes, options.seed)
+        return chaos(options.minutes, options.seed, options.kills)
     from ddpm_fast.doctor import checks, kernels, table
     from ddpm_fast.doctor.rows import run_check
 

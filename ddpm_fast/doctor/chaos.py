@@ -1,8 +1,9 @@
 """A small training under random kills must end with the weights of one that nothing disturbed.
 
 torchrun and two gloo ranks on this machine, in a temporary folder. Kills strike while the run
-starts and while it trains: SIGKILL of torchrun with its ranks, SIGKILL of one rank, SIGTERM to
-torchrun or to one rank. What ends is started again with --auto-resume until the last step is saved.
+starts and while it trains, at torchrun, its ranks, or both. What ends is started again with
+--auto-resume. The run goes on until all kills were made; then it gets its last step, and the other
+one, which nothing disturbs, as many steps.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from pathlib import Path
 
 from ddpm_fast.errors import Failure
 
-STEPS_PER_MINUTE = 600
 KILLS_PER_MINUTE = 10
+ENDLESS, MORE_STEPS = 10**7, 20  # until the kills are done, and after them
 RESTART_LIMIT_S = 120  # from a kill to the first step; the promise is 20 on an idle machine
 NET = (
     *("--base-channels", "8", "--channel-mults", "1,2", "--num-groups", "4"),
     *("--attention-resolutions", "1", "--time-emb-dim", "8", "--batch-size", "8"),
     *("--num-timesteps", "5", "--sample-steps", "5", "--sample-every", "0", "--dropout", "0.1"),
+    *("--lr-schedule", "constant", "--warmup-steps", "20"),  # whatever the last step will be
     *("--checkpoint-every", "10", "--log-every", "1", "--device", "cpu", "--timeout", "60"),
 )
 
@@ -40,7 +42,9 @@ class ChaosError(Failure):
 # name -> signal, and who gets it: torchrun, one rank, or it and all ranks
 KILLS = {
     "SIGKILL of torchrun and all ranks": (signal.SIGKILL, "all"),
+    "SIGKILL of torchrun alone": (signal.SIGKILL, "torchrun"),
     "SIGKILL of one rank": (signal.SIGKILL, "rank"),
+    "SIGTERM to torchrun and all ranks": (signal.SIGTERM, "all"),
     "SIGTERM to torchrun": (signal.SIGTERM, "torchrun"),
     "SIGTERM to one rank": (signal.SIGTERM, "rank"),
 }
@@ -49,11 +53,10 @@ KILLS = {
 class Training:
     """torchrun --nproc-per-node 2 -m ddpm_fast.train --auto-resume, started once or more often."""
 
-    def __init__(self, folder: Path, iterations: int, *, max_restarts: int = 0) -> None:
+    def __init__(self, folder: Path, iterations: int) -> None:
         folder.mkdir()
         self.run, self.iterations, self.starts = folder / "run", iterations, 0
-        self.max_restarts = max_restarts
-        self.weights_folder = self.run / "checkpoints" / f"step_{iterations:08d}"
+        self.max_restarts = 0
         self._output = folder / "output.txt"
         self._process: subprocess.Popen | None = None
 
@@ -71,6 +74,11 @@ class Training:
         self.starts += 1
 
     @property
+    def weights_folder(self) -> Path:
+        """Of the last step."""
+        return self.run / "checkpoints" / f"step_{self.iterations:08d}"
+
+    @property
     def is_running(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
@@ -83,6 +91,11 @@ class Training:
     def steps_logged(self) -> int:
         """Steps in log.txt, which only grows: those taken twice count twice."""
         return len(self._logged())
+
+    @property
+    def saved_step(self) -> int:
+        found = (self.run / "checkpoints").glob("step_*/manifest.json")
+        return max((int(path.parent.name.removeprefix("step_")) for path in found), default=0)
 
     @property
     def newest_step(self) -> int:
@@ -108,6 +121,7 @@ class Training:
             os.kill(pid, number)
         if whom == "all":
             os.kill(torchrun, number)
+            os.kill(torchrun, signal.SIGCONT)
             self.wait()
             return
         os.kill(torchrun, signal.SIGCONT)
@@ -127,26 +141,30 @@ class Training:
         return " | ".join([line for line in lines if ": error: " in line][-2:] or lines[-3:])
 
 
-def chaos(minutes: float, seed: int, say: Callable[[str], None] = print) -> int:
-    """Run it; exit code 0 when nothing was lost, 1 when the weights differ.
+def chaos(
+    minutes: float, seed: int, kills: int | None = None, say: Callable[[str], None] = print
+) -> int:
+    """Run it; exit code 0 when nothing was lost, 1 when the weights differ or kills are missing.
 
-    minutes  in which there are kills: the undisturbed run, and the rest after them, come on top
+    minutes  in which there are kills: the undisturbed run comes on top
     seed     of which kills there are, and when
+    kills    how many, if time allows; None: about KILLS_PER_MINUTE, one at least
     raises   ChaosError  the training did not go on
     """
     if not Path("/proc/self/task").is_dir():
         raise ChaosError("--chaos finds the ranks in /proc: it needs Linux")
-    iterations = max(60, round(STEPS_PER_MINUTE * minutes))
+    wanted = kills or max(1, round(KILLS_PER_MINUTE * minutes))
     with tempfile.TemporaryDirectory(prefix="ddpm_fast_chaos_") as name:
-        whole = Training(Path(name) / "whole", iterations)
-        killed = Training(Path(name) / "killed", iterations, max_restarts=1000)
+        killed = Training(Path(name) / "killed", ENDLESS)
+        whole = Training(Path(name) / "whole", ENDLESS)
         try:
-            say(f"an undisturbed run of {iterations} steps on 2 gloo ranks")
-            whole.start()
-            _finish(whole)
-            say(f"the same run under random kills for {minutes:g} minutes, seed {seed}")
-            kills, restarts_s = _disturb(killed, minutes, random.Random(seed), say)
+            say(f"2 gloo ranks under {wanted} random kills in up to {minutes:g} min, seed {seed}")
+            made, restarts_s = _disturb(killed, minutes, wanted, random.Random(seed), say)
+            killed.end()
+            whole.iterations = killed.iterations = killed.saved_step + MORE_STEPS
             _finish(killed)
+            say(f"the same run of {whole.iterations} steps, undisturbed")
+            _finish(whole)
         finally:
             whole.end()
             killed.end()
@@ -154,33 +172,38 @@ def chaos(minutes: float, seed: int, say: Callable[[str], None] = print) -> int:
     slowest = f"{max(restarts_s):.1f} s" if restarts_s else "not measured"
     median = f"{statistics.median(restarts_s):.1f} s" if restarts_s else "not measured"
     say(
-        f"{kills} kills, {killed.starts} starts of torchrun; from a kill to the first step "
+        f"{made} kills, {killed.starts} starts of torchrun; from a kill to the first step "
         f"{median} (median), {slowest} (slowest)"
     )
     if differ:
-        say(f"differs from the undisturbed run after {kills} kills: {', '.join(differ)}")
+        say(f"differs from the undisturbed run after {made} kills: {', '.join(differ)}")
         return 1
-    say(f"ok: after {kills} kills the weights are those of the undisturbed run, bit for bit")
+    if made < (kills or 1):
+        say(f"{made} kills in {minutes:g} minutes, {kills or 1} wanted: give more --minutes")
+        return 1
+    say(f"ok: after {made} kills the weights are those of the undisturbed run, bit for bit")
     return 0
 
 
 def _disturb(
-    training: Training, minutes: float, rng: random.Random, say: Callable[[str], None]
+    training: Training, minutes: float, wanted: int, rng: random.Random, say: Callable[[str], None]
 ) -> tuple[int, list[float]]:
     """Kill until time is up: how often, and the seconds from each kill to the next step.
 
     Every fourth kill or so strikes while the run still starts: the one before has no such time.
     """
-    deadline = time.monotonic() + 60 * minutes
-    wanted, restarts_s = max(1, round(KILLS_PER_MINUTE * minutes)), []
     training.start()
-    _await_step(training)
+    _await_step(training)  # a start that fails is not tried again without end
+    training.max_restarts = 1000
+    deadline, restarts_s = time.monotonic() + 60 * minutes, []
     for kills in range(1, wanted + 1):
         kind, pause_s = rng.choice(list(KILLS)), rng.random()
         in_training = rng.random() < 0.75
         time.sleep(pause_s)
-        if time.monotonic() > deadline or not training.is_running:
+        if time.monotonic() > deadline:
             return kills - 1, restarts_s
+        if not training.is_running:  # the kill before had all save and leave
+            _await_step(training)
         number, whom = KILLS[kind]
         say(f"kill {kills}: {kind} after step {training.newest_step}")
         killed_at = time.monotonic()

@@ -13,13 +13,20 @@ from rich.console import Console
 from rich.progress import track
 
 from ddpm_fast.diffusion.sampler import DDIM_STEPS, OnStep, Sampler
-from ddpm_fast.distributed import World, join, rank_device
+from ddpm_fast.distributed import (
+    World,
+    join,
+    left_at_once_if_rank_lost,
+    rank_device,
+    told_if_rank_lost,
+)
 from ddpm_fast.errors import UsageError
 from ddpm_fast.images import grid, grid_scale, save_gif, save_png, to_uint8
 from ddpm_fast.loading import Trained, load_trained
 from ddpm_fast.sampling.folder import SampleFolder
-from ddpm_fast.sampling.options import SampleOptions
+from ddpm_fast.sampling.options import PROG, SampleOptions
 
+GO_ON = "the same command goes on with the images that are missing"
 ON_A_PAGE = 64  # images of grid.png
 IN_THE_GIF = 16
 GIF_FRAMES = 40  # most frames before the last
@@ -31,13 +38,15 @@ def draw(options: SampleOptions) -> None:
     raises  UsageError, CheckpointError, OSError
     """
     device = rank_device(options.device)
-    world = join(device, timeout_s=options.timeout)
-    try:
-        trained = load_trained(
-            options.checkpoint, preset=options.preset, ema=options.ema, device=device
-        )
-    except ValueError as error:
-        raise UsageError(str(error)) from None
+    when = lambda: f"while {options.num_images} images were drawn"  # noqa: E731
+    with left_at_once_if_rank_lost(PROG), told_if_rank_lost(PROG, when, GO_ON):
+        world = join(device, timeout_s=options.timeout)
+        _draw(options, device, world)
+        world.leave()
+
+
+def _draw(options: SampleOptions, device: torch.device, world: World) -> None:
+    trained = _load(options, device, world)
     _check(options, trained)
     dtype = _dtype(options, device)
     precision = "fp32" if dtype is None else "bf16"
@@ -48,14 +57,39 @@ def draw(options: SampleOptions) -> None:
     console = Console(highlight=False, soft_wrap=True, quiet=not world.is_chief)
     sampler = _sampler(options, trained, dtype)
     start = time.perf_counter()
-    drawn = sum(world.gather(_draw_share(options, trained, sampler, folder, world, console)))
+    batches = world.from_chief(lambda: _missing_batches(options, folder))
+    share = [range(*batch) for batch in batches[world.rank :: world.size]]
+    drawn = sum(world.gather(_draw_share(options, trained, sampler, folder, share, console)))
     seconds = time.perf_counter() - start
     console.print(
         f"{drawn:.0f} images drawn in {seconds:.1f} s, {options.num_images} in {folder.path}"
     )
     if world.is_chief:
         _write_extras(options, trained, folder, sampler, console)
-    world.leave()
+
+
+def _load(options: SampleOptions, device: torch.device, world: World) -> Trained:
+    """The net, from the checkpoint that rank 0 takes: a newer one may appear meanwhile."""
+
+    def load(path: str) -> Trained:
+        try:
+            return load_trained(path, preset=options.preset, ema=options.ema, device=device)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+
+    own = load(options.checkpoint) if world.is_chief else None
+    path = world.from_chief(lambda: str(own.path))
+    return own or load(path)
+
+
+def _missing_batches(options: SampleOptions, folder: SampleFolder) -> list[tuple[int, int]]:
+    """(first, stop) of the batches to draw, cut alike for any number of ranks.
+
+    So an image has the same bits; and rank 0 lists them once, so the shares are even.
+    """
+    size, count = options.images_at_a_time, options.num_images
+    batches = [(first, min(first + size, count)) for first in range(0, count, size)]
+    return [batch for batch in batches if folder.missing(range(*batch))]
 
 
 def _draw_share(
@@ -63,22 +97,15 @@ def _draw_share(
     trained: Trained,
     sampler: Sampler,
     folder: SampleFolder,
-    world: World,
+    share: list[range],
     console: Console,
 ) -> int:
-    """Draw this rank's batches, every world.size-th; how many images were drawn.
-
-    Batches are cut alike for any number of ranks, so an image has the same bits.
-    """
-    size, drawn = options.images_at_a_time, 0
-    batches = range(world.rank * size, options.num_images, world.size * size)
-    shown = track(batches, "sampling", console=console) if console.is_terminal else batches
+    """Draw this rank's batches; how many images were drawn."""
+    drawn = 0
+    shown = track(share, "sampling", console=console) if console.is_terminal else share
     with ThreadPoolExecutor(max_workers=1) as writer:
         written: Future | None = None  # while a batch is written the next is drawn
-        for first in shown:
-            numbers = range(first, min(first + size, options.num_images))
-            if not folder.missing(numbers):
-                continue
+        for numbers in shown:
             pixels = to_uint8(_sample(sampler, options, trained, numbers))
             if written is not None:
                 written.result()

@@ -14,6 +14,7 @@ from ddpm_fast.errors import UsageError
 from ddpm_fast.images import save_png
 
 RECORD = "samples.json"
+LAST_CHUNK = bytes(4) + b"IEND\xaeB`\x82"  # of every PNG: length, name, checksum
 
 
 def _read_record(path: Path) -> dict[str, Any]:
@@ -24,6 +25,16 @@ def _read_record(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UsageError(f"{path} is damaged: give another --out")
     return found
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether there is a PNG with its last chunk: a full disk or a crash can leave less."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(-len(LAST_CHUNK), os.SEEK_END)
+            return file.read() == LAST_CHUNK
+    except OSError:
+        return False
 
 
 class SampleFolder:
@@ -56,13 +67,13 @@ class SampleFolder:
         return self.path / f"{number:08d}.png"
 
     def missing(self, numbers: range) -> list[int]:
-        """Those of `numbers` that have no file yet."""
-        return [n for n in numbers if not self.image_path(n).exists()]
+        """Those of `numbers` that have no file yet, or a cut one."""
+        return [n for n in numbers if not _is_whole(self.image_path(n))]
 
     def write(self, numbers: range, pixels: np.ndarray) -> None:
         """Write (N, H, W, C) uint8 as the images `numbers`, keeping those that are there."""
         for number, image in zip(numbers, pixels, strict=True):
-            if not self.image_path(number).exists():
+            if not _is_whole(self.image_path(number)):
                 save_png(self.image_path(number), image)
 
     def read(self, numbers: range) -> np.ndarray:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -210,9 +212,9 @@ RENAMED = {
 # What may differ when a run goes on; all else would make it another run.
 RESUMABLE = frozenset({
     "iterations", "data_root", "device", "compile", "force_compile", "cuda_graph", "deterministic",
-    "recompute", "grad_compression", "timeout", "on_nan", "log_every", "sample_every",
-    "sample_images", "sample_steps", "checkpoint_every", "keep_checkpoints", "keep_every",
-    "monitor", "tensorboard", "wandb",
+    "grad_accumulation", "recompute", "grad_compression", "timeout", "on_nan", "log_every",
+    "sample_every", "sample_images", "sample_steps", "checkpoint_every", "keep_checkpoints",
+    "keep_every", "monitor", "tensorboard", "wandb",
 })  # fmt: skip
 
 
@@ -234,17 +236,23 @@ class TrainCommand(TrainConfig):
 
 @dataclass(frozen=True)
 class Invocation:
-    """A parsed command line: the run's values, and whether it continues an existing folder."""
+    """A parsed command line.
+
+    config  the run's values;  resume  it continues an existing folder
+    waits   for another trainer to leave that folder, as after a restart;  notes  to be said
+    """
 
     config: TrainConfig
     resume: bool
+    waits: bool = False
+    notes: tuple[str, ...] = ()
 
 
 def parse_command(argv: Sequence[str]) -> Invocation:
     """argv -> Invocation; UsageError for anything that cannot be run."""
     given = _control_values(rewrite(TrainCommand, argv, RENAMED))
     try:
-        base, resume = _base_values(given)
+        base, resume, notes = _base_values(given)
         default = TrainCommand(**base)
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from None
@@ -256,7 +264,7 @@ def parse_command(argv: Sequence[str]) -> Invocation:
         raise UsageError(str(error)) from None
     if resume:
         _check_same_run(TrainConfig(**base), config)
-    return Invocation(config, resume)
+    return Invocation(config, resume, waits=command.auto_resume, notes=notes)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -267,6 +275,11 @@ def read_config(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path}: {error.strerror or error}; give a run's {CONFIG_NAME}") from None
     except ValueError:
         raise UsageError(f"{path} is not JSON; give a run's {CONFIG_NAME}") from None
+    return _checked_values(values, path)
+
+
+def _checked_values(values: Any, path: Path) -> dict[str, Any]:
+    """Values read from `path`; UsageError for what no TrainConfig holds."""
     if not isinstance(values, dict):
         raise UsageError(f"{path} must hold an object of flags and values")
     names = [field.name for field in fields(TrainConfig)]
@@ -311,24 +324,46 @@ def _control_values(argv: list[str]) -> dict[str, str | None]:
     return given
 
 
-def _base_values(given: dict[str, str | None]) -> tuple[dict[str, Any], bool]:
-    """Values under the flags, and whether an existing run goes on."""
+def _base_values(given: dict[str, str | None]) -> tuple[dict[str, Any], bool, tuple[str, ...]]:
+    """Values under the flags, whether an existing run goes on, and what is to be said of them."""
     run_dir = given.get("resume")
     if given.get("auto-resume"):
         if run_dir or not given.get("run-dir"):
             raise UsageError("--auto-resume goes with --run-dir DIR and without --resume")
-        if (Path(given["run-dir"]) / CONFIG_NAME).is_file():
+        folder = Path(given["run-dir"])
+        if (folder / CONFIG_NAME).is_file() or _manifests(folder):
             run_dir = given["run-dir"]
     if given.get("resume") and given.get("config"):
         raise UsageError("--resume takes the run's own configuration: allowed without --config")
     if run_dir:
-        if not Path(run_dir).is_dir():
-            raise UsageError(f"--resume {run_dir}: no such run folder")
-        return {**read_config(Path(run_dir) / CONFIG_NAME), "run_dir": run_dir}, True
+        values, notes = _run_values(Path(run_dir))
+        return {**values, "run_dir": run_dir}, True, notes
     values = read_config(Path(given["config"])) if given.get("config") else {}
     values.pop("run_dir", None)  # a new run has its own folder
     preset = given.get("preset") or values.get("preset", "digits")
-    return {**preset_values(preset), **values, "preset": preset}, False
+    return {**preset_values(preset), **values, "preset": preset}, False, ()
+
+
+def _run_values(folder: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The values of a run that goes on; where config.json is damaged, its checkpoints have them."""
+    if not folder.is_dir():
+        rank = os.environ.get("RANK", "0")
+        where = "" if rank == "0" else f" that rank {rank} can see; all nodes must share it"
+        raise UsageError(f"--resume {folder}: no such run folder{where}")
+    path = folder / CONFIG_NAME
+    try:
+        json.loads(path.read_text())
+    except (OSError, ValueError):
+        for manifest in reversed(_manifests(folder)):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, UsageError):
+                values = _checked_values(json.loads(manifest.read_text())["config"], manifest)
+                return values, (f"warning: {path} is damaged: its values are those in {manifest}",)
+    return read_config(path), ()
+
+
+def _manifests(folder: Path) -> list[Path]:
+    """Of a run's checkpoints, the newest last."""
+    return sorted(folder.glob("checkpoints/step_*/manifest.json"), key=lambda p: p.parent.name)
 
 
 def preset_values(name: str) -> dict[str, Any]:
@@ -350,6 +385,8 @@ def _check_preset(name: str) -> None:
 def _check_same_run(saved: TrainConfig, wanted: TrainConfig) -> None:
     for field in fields(TrainConfig):
         old, new = getattr(saved, field.name), getattr(wanted, field.name)
+        if field.name == "batch_size_per_gpu":  # compared once the number of processes is known
+            continue
         if old != new and field.name not in RESUMABLE:
             raise UsageError(
                 f"--{field.name.replace('_', '-')} was {old} in this run and cannot become {new}: "

@@ -1,15 +1,17 @@
-"""What ends a run other than its last step, told in one line: too little memory, a lost rank."""
+"""What ends a run other than its last step, or could: told in one line."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from ddpm_fast.distributed import is_lost_rank, launched_by_torchrun
+from ddpm_fast.distributed import told_if_rank_lost
 from ddpm_fast.errors import Failure
+from ddpm_fast.train.config import PROG
 from ddpm_fast.train.memory import advice, is_out_of_memory
 from ddpm_fast.train.step import TrainStep
+
+GO_ON = "torchrun --max-restarts N with --auto-resume goes on from the last checkpoint"
 
 
 class TrainingError(Failure):
@@ -17,9 +19,11 @@ class TrainingError(Failure):
 
 
 @contextmanager
-def told_if_it_cannot_go_on(train_step: TrainStep, when: Callable[[], str]) -> Iterator[None]:
-    """TrainingError for what does not fit, with what does, and for a rank that was lost."""
-    with told_if_rank_lost(when):
+def told_if_it_cannot_go_on(
+    train_step: TrainStep, when: Callable[[], str], *, resumed: bool
+) -> Iterator[None]:
+    """TrainingError for what does not fit, with what does; RankLost for a rank that was lost."""
+    with told_if_rank_lost(PROG, when, GO_ON):
         try:
             yield
             return
@@ -27,19 +31,21 @@ def told_if_it_cannot_go_on(train_step: TrainStep, when: Callable[[], str]) -> I
             if not is_out_of_memory(error):
                 raise
             error.__traceback__ = None  # it holds the step's tensors
-        raise TrainingError(advice(train_step))
+        raise TrainingError(advice(train_step, resumed=resumed))
 
 
 @contextmanager
-def told_if_rank_lost(when: Callable[[], str]) -> Iterator[None]:
-    """TrainingError in one line where another rank died or refused."""
+def told_if_only_a_grid_fails(step: int, say: Callable[[str], None]) -> Iterator[None]:
+    """A sample grid that does not fit or cannot be written is a warning: training goes on."""
     try:
         yield
+    except OSError as error:
+        say(f"warning: no sample grid of step {step}: {error.strerror or error}")
     except RuntimeError as error:
-        if not (launched_by_torchrun() and is_lost_rank(error)):
+        if not is_out_of_memory(error):
             raise
-        raise TrainingError(
-            f"rank {os.environ['RANK']} lost another one {when()}: "
-            f"{str(error).strip().partition(chr(10))[0][:200]}; torchrun --max-restarts N with "
-            "--auto-resume goes on from the last checkpoint"
-        ) from None
+        error.__traceback__ = None  # it holds the sampler's tensors
+        say(
+            f"warning: no sample grid of step {step}: out of memory; fewer --sample-images fit, "
+            "--sample-every 0 draws none"
+        )

@@ -2,51 +2,57 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ddpm_fast import checkpoint
-from ddpm_fast.checkpoint import CheckpointError
 from ddpm_fast.checkpoint_writer import CheckpointWriter
 from ddpm_fast.diffusion.sampler import sample_images
-from ddpm_fast.distributed import World, join, rank_device
+from ddpm_fast.distributed import (
+    World,
+    join,
+    left_at_once_if_rank_lost,
+    rank_device,
+    told_if_rank_lost,
+)
 from ddpm_fast.errors import UsageError
 from ddpm_fast.images import grid, grid_scale, save_png, to_uint8
 from ddpm_fast.kernels.impl import runs_interpreted
 from ddpm_fast.monitoring.devices import gpus_in_use
 from ddpm_fast.monitoring.monitor import Monitor
-from ddpm_fast.optimizer import load_state_tensors, state_tensors
+from ddpm_fast.optimizer import state_tensors
 from ddpm_fast.train.config import PROG, Invocation
 from ddpm_fast.train.failures import (
+    GO_ON,
     TrainingError,
     told_if_it_cannot_go_on,
-    told_if_rank_lost,
+    told_if_only_a_grid_fails,
 )
 from ddpm_fast.train.progress import Display, Measured, peak_gib
-from ddpm_fast.train.run_folder import RunFolder, default_run_dir
+from ddpm_fast.train.resuming import facts, newest_checkpoint, news_of_rate, restore
+from ddpm_fast.train.run_folder import RunFolder, RunFolderError, default_run_dir
+from ddpm_fast.train.saving import Saving
 from ddpm_fast.train.setup import (
     choose_algorithms,
     compile_errors,
     compiled_graphs,
     for_ranks,
     make_step,
-    open_data,
+    open_data_once,
     wrap_net,
 )
+from ddpm_fast.train.skew import SkewWatch
 from ddpm_fast.train.step import TrainStep
 from ddpm_fast.train.stopping import stop_requests
 from ddpm_fast.train.summary import summarise
 from ddpm_fast.train.trackers import Track, open_trackers
-
-SLOW_RANK = 1.5  # a forward pass of so many medians is told; 2 ranks: one takes 3 times the other's
 
 
 def train(invocation: Invocation) -> None:
@@ -56,19 +62,22 @@ def train(invocation: Invocation) -> None:
     """
     config = invocation.config
     device = rank_device(config.device)
-    with told_if_rank_lost(lambda: "before its first step or at the end"):
+    when = lambda: "before its first step or at the end"  # noqa: E731
+    with left_at_once_if_rank_lost(PROG), told_if_rank_lost(PROG, when, GO_ON):
         world = join(device, timeout_s=config.timeout)
+        invocation = world.from_chief(lambda: invocation)  # the others may not see the folder
         _train(invocation, device, world)
         world.leave()
 
 
 def _train(invocation: Invocation, device: torch.device, world: World) -> None:
-    config = for_ranks(invocation.config, device, world)
+    config = for_ranks(invocation.config, device, world, resumed=invocation.resume)
     choose_algorithms(device, deterministic=config.deterministic)
-    images = world.chief_first(lambda: open_data(config, print if world.is_chief else _quiet))
+    images = open_data_once(config, world, print if world.is_chief else _quiet)
     train_step = make_step(config, images, device, world)
     path = Path(world.from_chief(lambda: str(config.run_dir or default_run_dir(config.preset))))
-    folder = RunFolder(path, resume=invocation.resume, writes=world.is_chief)
+    wait_s = config.timeout if invocation.waits else 0.0
+    folder = RunFolder(path, resume=invocation.resume, writes=world.is_chief, wait_s=wait_s)
     try:
         trackers = open_trackers(config, path) if world.is_chief else []
         display = Display(folder, config.iterations, quiet=not world.is_chief)
@@ -78,6 +87,8 @@ def _train(invocation: Invocation, device: torch.device, world: World) -> None:
         )  # fmt: skip
         monitor = Monitor(gpus_in_use(device)) if config.monitor and world.is_chief else None
         with display, stop_requests() as stop, writer, monitor or nullcontext():
+            for line in invocation.notes:
+                display.say(line)
             run = Run(train_step, folder, display, trackers, writer, monitor)
             if invocation.resume:
                 run.resume()
@@ -85,7 +96,9 @@ def _train(invocation: Invocation, device: torch.device, world: World) -> None:
                 folder.write_config(replace(config, run_dir=str(path)))
             run.announce()
             wrap_net(train_step, display.say)
-            with told_if_it_cannot_go_on(run.train_step, lambda: f"after step {run.step}"):
+            with told_if_it_cannot_go_on(
+                run.train_step, lambda: f"after step {run.step}", resumed=invocation.resume
+            ):
                 run.steps(stop)
             train_step.call.forget()  # its collectives would keep the ranks from parting
             if run.step < config.iterations:
@@ -118,16 +131,15 @@ class Run:
     ) -> None:
         self.train_step, self.config = train_step, train_step.config
         self.folder, self.display, self.trackers = folder, display, trackers
-        self.writer, self.monitor, self._monitored_s = writer, monitor, 0.0
+        self.saving = Saving(writer, self._state, display.say, folder.log)
+        self.monitor, self._monitored_s = monitor, 0.0
         self.world = train_step.world
         self.device = train_step.batches.device
         self.step = 0
         self.last_measured: Measured | None = None
         self._trained_steps, self._trained_s = 0, 0.0  # by this process, maintenance left out
-        self._saved_step: int | None = None
         self._trained_any, self._told_skipped, self._told_graph = False, 0, False
-        self._slow_rank: int | None = None  # at the last logged step
-        self._told_slow: set[int] = set()
+        self._skew = SkewWatch(self.world, display.say)
         self._compiled_graphs = 0
         self._start_interval()
 
@@ -142,6 +154,11 @@ class Run:
         )
         if self.monitor is not None and self.monitor.why_not:
             self.display.say(f"{self.monitor.why_not}; this machine's processors are")
+        if self.world.size > 1 and config.norm == "bn":
+            self.display.say(
+                "warning: --norm bn averages over each process's own images: another number of "
+                "processes gives another run"
+            )
 
     def _where(self) -> str:
         size = self.world.size
@@ -160,7 +177,7 @@ class Run:
             self._compile_and_train()
         if not self._trained_any and self.world.is_chief:
             with self._maintenance():  # the optimizer's state is there by now
-                self.writer.reserve(self._state_parts())
+                self.saving.reserve()
         self._trained_any = True
         self.step += 1
         self.display.stepped(self.step)
@@ -173,7 +190,8 @@ class Run:
                 self.train_step(self.step)
         except compile_errors() as error:
             path = self.folder.path / "compile_error.txt"
-            path.write_text("".join(traceback.format_exception(error)))
+            with suppress(OSError):  # a rank on another machine may not see the folder
+                path.write_text("".join(traceback.format_exception(error)))
             why = " ".join(str(error).split("\n")[:2])[:200]  # what failed, and its own error
             if self.config.force_compile:
                 raise TrainingError(f"--force-compile: {why}; all of it in {path}") from None
@@ -197,12 +215,14 @@ class Run:
             if self.step == 1 or self.step % config.log_every == 0 or self._is_last():
                 self._measure()
             with self._maintenance():
-                if self._samples_due():
-                    self.save_samples()
                 if _due(self.step, config.checkpoint_every):
                     self.save_checkpoint()
-        self.save_checkpoint()
-        self.writer.wait()
+                if self._samples_due():
+                    with told_if_only_a_grid_fails(self.step, self.display.say):
+                        self.save_samples()
+        self._check_finite()
+        if self.world.is_chief:
+            self.saving.finish(self.step)
 
     def _is_told_to_stop(self, stop: list[str]) -> bool:
         """Whether any rank is; where a rank was lost, this is the first to notice."""
@@ -212,67 +232,46 @@ class Run:
         return told
 
     def save_checkpoint(self) -> None:
-        """Begin to write this step's checkpoint; not twice, nor weights that are not finite."""
-        if self._saved_step == self.step:
-            return
+        """Begin to write this step's checkpoint, unless the weights are not finite."""
         self._check_finite()
-        self._saved_step = self.step
-        if not self.world.is_chief:
-            return
-        parts = self.train_step
-        self.writer.save(
-            self.step,
-            self._state_parts(),
-            {
-                "seed": self.config.seed,
-                "ema_updates": parts.ema.updates,
-                "net": parts.net.config.to_json(),
-                "diffusion": parts.proc.to_json(),
-            },
-        )
+        if self.world.is_chief:
+            self.saving.save(self.step)
 
-    def _state_parts(self) -> dict[str, checkpoint.Tensors]:
+    def _state(self) -> tuple[dict[str, checkpoint.Tensors], dict[str, Any]]:
+        """What a checkpoint holds, and what its manifest says of it."""
         parts = self.train_step
         return {
             "model": parts.net.state_dict(),
             "ema": parts.ema.state_dict(),
             "optimizer": state_tensors(parts.optimizer, parts.net),
-        }
+        }, facts(parts)
 
     def resume(self) -> None:
         """Go back to the newest healthy checkpoint; a run killed before its first starts anew."""
-        found = self.world.from_chief(self._newest_checkpoint)
+        say = self.display.say
+        found = self.world.from_chief(lambda: newest_checkpoint(self.folder, say))
         if found is None:
-            self.display.say("no checkpoint yet: starting from step 0")
-            self.folder.forget_metrics_after(0)
+            aside = self.folder.set_metrics_aside()
+            kept = f"; the rows so far are in {aside.name}" if aside else ""
+            say(f"no checkpoint yet: starting from step 0{kept}")
             return
+        if not Path(found).is_dir():
+            raise RunFolderError(
+                f"rank {self.world.rank} cannot see {found}, which rank 0 resumes: all nodes must "
+                "share the run folder"
+            )
         saved = checkpoint.load(Path(found))
         if saved.step > self.config.iterations:
             raise UsageError(
                 f"--iterations {self.config.iterations}, but {self.folder.path} has done "
                 f"{saved.step} steps; allowed: {saved.step} or more"
             )
-        parts = self.train_step
-        try:
-            model, ema, optimizer = (saved.parts[n] for n in ("model", "ema", "optimizer"))
-            updates = int(saved.manifest["ema_updates"])
-            checkpoint.check_state(parts.net.state_dict(), model, saved.path)
-            parts.net.load_state_dict(model)
-            parts.ema.load_state_dict(ema, updates=updates)
-            load_state_tensors(parts.optimizer, parts.net, optimizer)
-        except (KeyError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{saved.path} cannot be resumed: {error}") from None
-        self.step = self._saved_step = saved.step
+        restore(self.train_step, saved)
+        self.step = self.saving.saved_step = saved.step
         self.folder.forget_metrics_after(self.step)
-        self.display.say(f"resumed after step {self.step} from {saved.path}")
-
-    def _newest_checkpoint(self) -> str | None:
-        """Of the healthy ones; None before the first."""
-        folder = self.folder.checkpoints
-        if not checkpoint.steps_in(folder):
-            return None
-        warn = lambda text: self.display.say(f"warning: {text}")  # noqa: E731
-        return str(checkpoint.load_newest(folder, warn).path)
+        say(f"resumed after step {self.step} from {saved.path}")
+        if news := news_of_rate(self.train_step, saved):
+            say(news)
 
     def save_samples(self) -> None:
         """samples/step_XXXXXXXX.png from the averaged weights: the same starts at every step."""
@@ -302,6 +301,7 @@ class Run:
             self._trained_steps + steps,
             self._trained_s + seconds,
         )
+        waits_s = self.train_step.batches.wait_s - self._waited_s
         measured = Measured(
             step=self.step,
             loss=loss,
@@ -309,8 +309,8 @@ class Run:
             images_per_s=round(steps * self.config.batch_size / seconds, 2),
             grad_norm=norm,
             peak_gib=round(peak_gib(self.device), 3),
-            data_wait=round((self.train_step.batches.wait_s - self._waited_s) / seconds, 4),
-            skew=self._skew(),
+            data_wait=round(max(self.world.gather(waits_s)) / seconds, 4),
+            skew=self._skew.measure(self.step, self.train_step.forward_s, waits_s / steps),
         )
         self._check_finite()
         self.last_measured = measured
@@ -318,13 +318,24 @@ class Run:
             self._start_interval()
             return
         self._tell_news()
+        self.saving.hear()
         row = measured.row() | self._monitored()
+        if stall_s := self.saving.take_stall_s():
+            row["checkpoint_stall_s"] = round(stall_s, 4)
         self.folder.add_metrics(row)
         seconds_left = (self.config.iterations - self.step) * seconds / steps
         self.display.measured(measured, seconds_left)
-        for track in self.trackers:
-            track(self.step, {name: value for name, value in row.items() if name != "step"})
+        self._track({name: value for name, value in row.items() if name != "step"})
         self._start_interval()
+
+    def _track(self, values: dict[str, float]) -> None:
+        """Hand a row to the trackers; one that cannot write is left out from then on."""
+        for track in list(self.trackers):
+            try:
+                track(self.step, values)
+            except OSError as error:
+                self.trackers.remove(track)
+                self.display.say(f"warning: a tracker failed and is left out: {error}")
 
     def _monitored(self) -> dict[str, float]:
         """Means since the last logged step, as monitor_utilisation and so on."""
@@ -333,25 +344,6 @@ class Run:
         means = self.monitor.means_since(self._monitored_s)
         self._monitored_s = self.monitor.seconds
         return {f"monitor_{name}": round(value, 2) for name, value in means.items()}
-
-    def _skew(self) -> float | None:
-        """The slowest rank's forward pass over the median; one slow twice in a row is named."""
-        if self.world.size == 1:
-            return None
-        own = self.train_step.forward_s
-        seconds = self.world.gather(math.nan if own is None else own)
-        if not all(s > 0 for s in seconds):
-            return None
-        skew = max(seconds) / statistics.median(seconds)
-        slow = seconds.index(max(seconds)) if skew > SLOW_RANK else None
-        if slow is not None and slow == self._slow_rank and slow not in self._told_slow:
-            self._told_slow.add(slow)
-            self.display.say(
-                f"warning: rank {slow} is slow: its forward pass at step {self.step} took "
-                f"{skew:.1f} times the median"
-            )
-        self._slow_rank = slow
-        return round(skew, 3)
 
     def _tell_news(self) -> None:
         """Steps that were left out, how the step runs: once each."""
@@ -379,7 +371,7 @@ class Run:
     def _check_finite(self) -> None:
         if not self.train_step.healthy.item():
             loss, norm = self.train_step.loss.item(), self.train_step.grad_norm.item()
-            self.writer.wait()
+            self.saving.settle()
             steps = checkpoint.steps_in(self.folder.checkpoints)
             kept = f"the checkpoint of step {steps[-1]} is untouched" if steps else "none was saved"
             raise TrainingError(

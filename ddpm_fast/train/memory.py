@@ -14,8 +14,11 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def advice(train_step: TrainStep) -> str:
-    """What fits, measured, after an error whose frames no longer hold the step's tensors."""
+def advice(train_step: TrainStep, *, resumed: bool) -> str:
+    """What fits, measured, after an error whose frames no longer hold the step's tensors.
+
+    resumed  the run keeps its batch size
+    """
     config = train_step.config
     parts = train_step.batches.batch_size // config.grad_accumulation
     if train_step.world.size > 1:  # the others do not try with it
@@ -32,9 +35,10 @@ def advice(train_step: TrainStep) -> str:
         k for k in range(1, config.batch_size + 1)
         if config.batch_size % k == 0 and config.batch_size // k <= fits
     )  # fmt: skip
+    smaller = "" if resumed else f"--batch-size {fits} on smaller batches, "
     return (
         f"{given}, {fits} do (measured): --grad-accumulation {accumulation} trains the same way, "
-        f"--batch-size {fits} on smaller batches, --recompute norm or block saves memory"
+        f"{smaller}--recompute norm or block saves memory"
     )
 
 

@@ -20,8 +20,9 @@ class Measured:
     """A logged step.
 
     step  finished steps;  peak_gib  the process's or the GPU's
-    data_wait  share of the time in which the step waited for the disk
-    skew  the slowest rank's forward pass over the median one's; None: one process, or not known
+    data_wait  share of the time in which the step waited for the disk, on the rank that did most
+    skew  the slowest rank's forward pass and wait for data over the median one's; None: one
+          process, or not known
     """
 
     step: int

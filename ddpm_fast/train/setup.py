@@ -15,6 +15,7 @@ from torch.utils._triton import has_triton
 
 from ddpm_fast.data import ImageSet, open_images
 from ddpm_fast.data.batches import Batches
+from ddpm_fast.data.cache import handed_over, taken_over
 from ddpm_fast.diffusion.process import Diffusion
 from ddpm_fast.distributed import ALONE, World
 from ddpm_fast.ema import EMA
@@ -48,6 +49,19 @@ def open_data(config: TrainConfig, say: Callable[[str], None]) -> ImageSet:
     return images
 
 
+def open_data_once(config: TrainConfig, world: World, say: Callable[[str], None]) -> ImageSet:
+    """open_data on rank 0; the others map the images that it decoded, where they can.
+
+    Names, digests and so on come from rank 0: it alone reads the files to tell whether one changed.
+    """
+    if world.is_chief:
+        images = open_data(config, say)
+        world.from_chief(lambda: handed_over(images))
+        return images
+    known = world.from_chief(lambda: None)
+    return taken_over(known) or open_data(config, say)
+
+
 def fit_net_config(config: TrainConfig, images: ImageSet) -> UNetConfig:
     """The net's configuration for these images; UsageError if they do not go together."""
     _, _, height, width = images.images.shape
@@ -64,10 +78,21 @@ def fit_net_config(config: TrainConfig, images: ImageSet) -> UNetConfig:
     return net
 
 
-def for_ranks(config: TrainConfig, device: torch.device, world: World) -> TrainConfig:
-    """The configuration with its global batch size; UsageError if the ranks cannot share it."""
+def for_ranks(
+    config: TrainConfig, device: torch.device, world: World, *, resumed: bool = False
+) -> TrainConfig:
+    """The configuration with its global batch size; UsageError if the ranks cannot share it.
+
+    resumed  the run has a global batch size already, which must come out
+    """
     if config.batch_size_per_gpu is not None:
         batch_size = config.batch_size_per_gpu * world.size
+        if resumed and batch_size != config.batch_size:
+            raise UsageError(
+                f"--batch-size-per-gpu {config.batch_size_per_gpu} of {world.size} processes are "
+                f"{batch_size} images a step, this run has {config.batch_size}: a resumed run "
+                "keeps its own, also without that flag"
+            )
         config = replace(config, batch_size=batch_size, batch_size_per_gpu=None)
     if world.size > 1 and config.grad_compression != "none" and device.type != "cuda":
         raise UsageError(
@@ -75,9 +100,14 @@ def for_ranks(config: TrainConfig, device: torch.device, world: World) -> TrainC
         )
     shares = world.size * config.grad_accumulation
     if config.batch_size % shares:
+        sizes = [
+            str(n) for n in range(1, config.batch_size + 1)
+            if config.batch_size % (n * config.grad_accumulation) == 0
+        ]  # fmt: skip
         raise UsageError(
             f"--batch-size {config.batch_size} over {world.size} processes in "
-            f"{config.grad_accumulation} parts: must be divisible by {shares}"
+            f"{config.grad_accumulation} parts: must be divisible by {shares}; allowed: "
+            f"{', '.join(sizes) or 'no number of'} processes"
         )
     return config
 

@@ -1,6 +1,8 @@
+import pickle
 import re
 import shutil
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -45,6 +47,30 @@ def test_the_second_open_decodes_nothing_and_gives_the_same(open_pictures, decod
     assert len(decoded) == 6
     np.testing.assert_array_equal(first.images, second.images)
     np.testing.assert_array_equal(first.labels, second.labels)
+
+
+def test_another_process_takes_a_set_over_without_reading_an_image(open_pictures, image_folder):
+    images = open_pictures()
+    known = pickle.loads(pickle.dumps(cache.handed_over(images)))  # as it is sent
+    shutil.rmtree(image_folder)
+    taken = cache.taken_over(known)
+    assert isinstance(taken.images, np.memmap)
+    np.testing.assert_array_equal(taken.images, images.images)
+    np.testing.assert_array_equal(taken.labels, images.labels)
+    assert taken.identity() == images.identity() and taken.class_names == images.class_names
+    assert taken.photographs
+    known["cache"] += "-of-another-machine"
+    assert cache.taken_over(known) is None
+    assert cache.handed_over(open_images("digits", data_root=".")) is None
+
+
+def test_a_changed_image_or_label_changes_what_a_set_is(open_pictures, image_folder, encode):
+    before = open_pictures().identity()
+    (image_folder / "cats" / "0.png").write_bytes(encode(np.zeros((8, 8, 3), np.uint8)))
+    assert open_pictures().identity()["digest"] != before["digest"]
+    digits = open_images("digits", data_root=".")
+    other = replace(digits, labels=digits.labels[::-1])
+    assert other.identity()["digest"] != digits.identity()["digest"]
 
 
 def test_a_cache_on_a_read_only_disk_is_used_without_its_lock(open_pictures, decoded, tmp_path):

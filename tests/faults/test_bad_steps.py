@@ -28,7 +28,7 @@ def test_inf_on_one_rank_is_left_out_by_all_and_changes_no_weight(train, weights
 
 def test_a_rank_ten_times_slower_is_named_and_its_skew_logged(train, rows, tmp_path):
     output = train(fault="slow", rank=1)
-    assert "warning: rank 1 is slow: its forward pass at step " in output
+    assert "warning: rank 1 is slow: its forward pass and wait for data at step " in output
     assert output.count("warning: rank 1 is slow") == 1
     skews = [row["skew"] for row in rows(tmp_path / "run")]
     assert sorted(skews)[len(skews) // 2] > 1.5  # of 2 ranks the median is their mean: at most 2

@@ -44,6 +44,17 @@ def test_weights_that_differ_are_named_with_exit_code_1(monkeypatch, capsys):
     assert last == "differs from the undisturbed run after 1 kills: ema.safetensors"
 
 
+def test_kills_that_the_minutes_did_not_suffice_for_are_told_with_exit_code_1(monkeypatch, capsys):
+    from ddpm_fast.doctor import chaos
+
+    monkeypatch.setattr(chaos.Training, "start", lambda self: None)
+    monkeypatch.setattr(chaos, "_disturb", lambda *_: (0, []))
+    monkeypatch.setattr(chaos, "_finish", lambda training: None)
+    for flags, told in ((), "0 kills in 2 minutes, 1 wanted"), (("--kills", "3"), "3 wanted"):
+        assert main(["--chaos", *flags]) == 1
+        assert told in capsys.readouterr().out.splitlines()[-1]
+
+
 def test_a_training_that_does_not_come_back_is_told_in_one_line(monkeypatch, refused):
     from ddpm_fast.doctor import chaos
 

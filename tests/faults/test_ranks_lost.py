@@ -21,6 +21,18 @@ def test_the_writer_killed_in_a_checkpoint_is_restarted_and_nothing_is_lost(trai
     same_end()
 
 
+def test_one_of_four_ranks_killed_is_restarted_with_all_and_the_losses_are_the_same(
+    train, rows, tmp_path, undisturbed
+):
+    output = train("--auto-resume", fault="kill", rank=2, step=23, count=4,
+                   options=("--max-restarts", 1))  # fmt: skip
+    assert "on 4 processes" in output and "resumed after step" in output
+    found, expected = rows(tmp_path / "run"), rows(undisturbed)
+    assert [row["step"] for row in found] == [row["step"] for row in expected]
+    losses = [row["loss"] for row in expected]
+    assert [row["loss"] for row in found] == pytest.approx(losses, rel=1e-5)
+
+
 @pytest.mark.slow
 def test_a_rank_killed_ten_times_in_a_row_ends_as_if_it_never_was(train, same_end):
     output = train("--auto-resume", "--checkpoint-every", 3, fault="kill-each-time", step=0,
@@ -30,8 +42,11 @@ def test_a_rank_killed_ten_times_in_a_row_ends_as_if_it_never_was(train, same_en
     same_end()
 
 
-def test_a_frozen_rank_is_given_up_within_the_timeout_in_one_line(start_train, steps, ranks_of):
-    process = start_train("--timeout", 5, fault="freeze", rank=1, step=13)
+@pytest.mark.parametrize(("fault", "rank"), [("freeze", 1), ("freeze-in-a-graph", "any")])
+def test_a_frozen_rank_is_given_up_within_the_timeout_in_one_line(
+    start_train, steps, ranks_of, fault, rank
+):
+    process = start_train("--timeout", 5, fault=fault, rank=rank, step=13)
     moments = {}
     for line in process.stdout:  # ends with torchrun and both ranks
         for told in ("step 12/40", "lost another one", "Traceback"):
@@ -47,6 +62,13 @@ def test_a_frozen_rank_is_given_up_within_the_timeout_in_one_line(start_train, s
     assert "--auto-resume goes on from the last checkpoint" in last_words
     assert moments.get("Traceback", float("inf")) > moments["lost another one"]  # torchrun's own
     assert steps() == [10]
+
+
+def test_a_rank_that_is_long_about_its_work_is_not_taken_for_dead(train):
+    flags = ("--timeout", 2, "--iterations", 2, "--sample-every", 2, "--checkpoint-every", 0)
+    output = train(*flags, "--norm", "bn", fault="long", rank=0)
+    assert "finished 2 steps" in output
+    assert output.count("warning: --norm bn averages over each process's own images") == 1
 
 
 def test_a_rank_lost_while_the_run_is_set_up_is_told_in_one_line(train, tmp_path):
@@ -81,10 +103,18 @@ def test_ranks_end_with_the_agent_and_their_run_can_be_resumed_at_once(
     same_end()
 
 
-def test_sigterm_to_the_agent_has_all_save_and_leave(train, resume, same_end, steps):
+@pytest.mark.parametrize("fault", ["sigterm-agent", "sigterm-all"])
+def test_sigterm_to_the_agent_has_all_save_and_leave(train, resume, same_end, steps, fault):
     # torchrun itself ends with 1 and a SignalException: what counts is the checkpoint
-    output = train("--log-every", 4, fault="sigterm-agent", rank=0, step=13, code=1)
+    output = train("--log-every", 4, fault=fault, rank=0, step=13, code=1)
     stopped = int(re.search(r"stopped by .* after step (\d+); checkpoint saved", output)[1])
     assert 13 < stopped < 40 and steps()[-1] == stopped
     resume()
     same_end()
+
+
+@pytest.mark.parametrize("fault", ["sighup-agent", "sigint-agent"])
+def test_a_hang_up_or_ctrl_c_of_the_agent_does_so_too(train, steps, fault):
+    output = train(fault=fault, rank=0, step=13, code=1)
+    stopped = int(re.search(r"stopped by .* after step (\d+); checkpoint saved", output)[1])
+    assert 13 < stopped < 40 and steps()[-1] == stopped

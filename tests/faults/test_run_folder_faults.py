@@ -20,7 +20,8 @@ def test_a_second_trainer_is_refused_and_after_sigkill_a_resume_is_not(
     while 10 not in steps():
         assert first.poll() is None, first.communicate()
         time.sleep(0.02)
-    output = train("--auto-resume", code=1)
+    output = train("--auto-resume", "--timeout", 3, code=1)
+    assert "run is in use: waiting up to 3 s" in output
     assert "run is in use by another trainer" in output
     assert "in _train" not in output  # rank 1, whose chief is gone, says so without a trace
     assert first.poll() is None  # and is none the worse

@@ -6,11 +6,13 @@ It strikes in torchrun's first attempt only, but for those of EACH_ATTEMPT.
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
 from ddpm_fast import checkpoint
 from ddpm_fast.diffusion.process import Diffusion
+from ddpm_fast.train import loop, setup
 from ddpm_fast.train.__main__ import main
 from ddpm_fast.train.step import TrainStep
 
@@ -27,6 +29,13 @@ def kill_self():
 def kill_the_node():
     os.kill(os.getppid(), signal.SIGKILL)
     kill_self()
+
+
+def signal_all(number):
+    """Torchrun and its ranks at once, as scancel does."""
+    with open(f"/proc/{os.getppid()}/task/{os.getppid()}/children") as file:
+        for pid in (*map(int, file.read().split()), os.getppid()):
+            os.kill(pid, number)
 
 
 def wait_alone():
@@ -70,6 +79,26 @@ def kill_after_each_checkpoint():
     before_step(action, every=True)
 
 
+def freeze_in_a_graph():
+    """Rank 1 freezes; rank 0 waits in what no time-out reaches: a collective in a graph."""
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    threading.Event().wait()
+
+
+def be_long():
+    """Rank 0 opens the data and draws a grid for longer than --timeout."""
+
+    def slowly(function):
+        def call(*args, **options):
+            time.sleep(3)
+            return function(*args, **options)
+
+        return call
+
+    setup.open_data, loop.sample_images = slowly(setup.open_data), slowly(loop.sample_images)
+
+
 def spoil_the_loss():
     original = Diffusion.loss
     spoiled = []
@@ -110,7 +139,12 @@ ARRANGE = {
     "kill-node": lambda: before_step(kill_the_node),
     "sigterm": lambda: before_step(lambda: os.kill(os.getpid(), signal.SIGTERM)),
     "sigterm-agent": lambda: before_step(lambda: os.kill(os.getppid(), signal.SIGTERM)),
+    "sigterm-all": lambda: before_step(lambda: signal_all(signal.SIGTERM)),
+    "sighup-agent": lambda: before_step(lambda: os.kill(os.getppid(), signal.SIGHUP)),
+    "sigint-agent": lambda: before_step(lambda: os.kill(os.getppid(), signal.SIGINT)),
     "freeze": lambda: before_step(lambda: os.kill(os.getpid(), signal.SIGSTOP)),
+    "freeze-in-a-graph": lambda: before_step(freeze_in_a_graph),
+    "long": be_long,
     "wait": lambda: before_step(lambda: time.sleep(60)),
     "wait-alone": lambda: before_step(wait_alone),
     "inf": spoil_the_loss,

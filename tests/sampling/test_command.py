@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -75,6 +76,22 @@ def test_it_goes_on_where_it_was_stopped(draw, monkeypatch):
     assert numbered(folder) == whole
     for name, written in kept.items():  # those that were there were not written again
         assert (folder / name).stat().st_mtime_ns == written
+
+
+def test_all_ranks_take_the_checkpoint_that_rank_0_found(tiny_run):
+    """Not their own newest one: a run may go on meanwhile."""
+    found = tiny_run / "checkpoints" / "step_00000004"
+    world = SimpleNamespace(is_chief=False, from_chief=lambda make: str(found))
+    options = SampleOptions(checkpoint="not-asked-for")
+    assert command._load(options, torch.device("cpu"), world).path == found
+
+
+def test_an_empty_or_cut_image_is_drawn_again(draw):
+    folder = draw()
+    whole = numbered(folder)
+    (folder / "00000001.png").write_bytes(b"")
+    (folder / "00000004.png").write_bytes(whole["00000004.png"][:-1])
+    assert numbered(draw()) == whole
 
 
 def test_batches_that_are_there_are_not_drawn_again(draw, monkeypatch):

@@ -1,17 +1,26 @@
 """Bad input ends the trainer with one line, exit code 2 or 1, and nothing written over."""
 
 import http.server
+import json
 import os
 import re
+import shutil
 import socket
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from ddpm_fast.data import ImageSet
+from ddpm_fast.train import setup
 from ddpm_fast.train.__main__ import main
+from ddpm_fast.train.config import TrainConfig
+from ddpm_fast.train.loop import Run
+from ddpm_fast.train.run_folder import RunFolderError
+from tests.conftest import TINY
 
 
 @pytest.fixture
@@ -210,6 +219,88 @@ def test_resume_where_the_configuration_is_of_another_net(train, refused, tree, 
     message = refused(main, ["--resume", run, "--iterations", 4], 1)
     assert "step_00000002 is of another architecture" in message
     assert tree(run / "checkpoints") == before
+
+
+def test_resume_where_the_checkpoints_are_gone(train, refused, tree, tmp_path):
+    run = tmp_path / "run"
+    flags = ("--iterations", 4, "--checkpoint-every", 2, "--sample-every", 0)
+    assert train(run, *flags) == 0
+    shutil.rmtree(run / "checkpoints")
+    (run / "checkpoints").mkdir()
+    before = tree(run)
+    for argv in (["--resume", run], [*TINY, *flags, "--run-dir", run, "--auto-resume"]):
+        message = refused(main, argv, 1)
+        assert message.startswith(f"{run} has saved checkpoints, as log.txt says, and ")
+        assert "start anew in another --run-dir" in message
+    assert tree(run) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"learning_rate": 0.5}, "the config's learning_rate was 0.002 and is 0.5"),
+        ({"dropout": 0.25}, "the config's dropout was 0.0 and is 0.25; the net's dropout was"),
+        ({"seed": 3}, "the config's seed was 0 and is 3"),
+        ({"loss": "l1"}, "the config's loss was l2 and is l1; the diffusion's"),
+    ],
+)
+def test_resume_where_the_configuration_was_edited(train, refused, tmp_path, change, told):
+    run = tmp_path / "run"
+    assert train(run, "--iterations", 2, "--sample-every", 0) == 0
+    values = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(values | change))
+    message = refused(main, ["--resume", run, "--iterations", 4], 1)
+    assert f"step_00000002 cannot be resumed: it is of another run: {told}" in message
+
+
+def test_resume_where_the_data_are_others(train, refused, resume, tmp_path, capsys):
+    images = np.random.default_rng(0).integers(0, 256, (40, 16, 16), np.uint8)
+    np.save(tmp_path / "a.npy", images)
+    flags = ("--data", tmp_path / "a.npy", "--sample-every", 0)
+    assert train(tmp_path / "run", *flags, "--iterations", 2) == 0
+    np.save(tmp_path / "a.npy", images ^ 1)
+    argv = ["--resume", tmp_path / "run", "--iterations", 4]
+    assert "it is of another run: the data's digest was " in refused(main, argv, 1)
+    np.save(tmp_path / "a.npy", images[:39])
+    assert "the data's shape was [40, 1, 16, 16] and is [39, " in refused(main, argv, 1)
+    np.save(tmp_path / "a.npy", images)
+    assert resume(tmp_path / "run", "--iterations", 4) == 0
+    assert "--iterations was 2 and is 4: the cosine is that of the new" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", [None, "", '{"preset": "dig'])
+def test_resume_where_the_configuration_is_damaged_takes_a_checkpoints_copy(
+    train, tmp_path, capsys, text
+):
+    run = tmp_path / "run"
+    flags = ("--iterations", 2, "--sample-every", 0, "--seed", 5)
+    assert train(run, *flags) == 0
+    saved = json.loads((run / "config.json").read_text())
+    (run / "config.json").unlink()
+    if text is not None:
+        (run / "config.json").write_text(text)
+    assert train(run, *flags, "--auto-resume") == 0
+    out = capsys.readouterr().out
+    assert f"warning: {run / 'config.json'} is damaged: its values are those in " in out
+    assert "resumed after step 2" in out
+    assert json.loads((run / "config.json").read_text()) == saved
+
+
+def test_a_rank_that_does_not_see_the_run_folder_says_so():
+    run = Run.__new__(Run)
+    run.world = SimpleNamespace(rank=1, from_chief=lambda make: "/not/here/step_00000002")
+    run.display = run.folder = SimpleNamespace(say=None)
+    with pytest.raises(RunFolderError, match="rank 1 cannot see /not/here/step_00000002, which"):
+        run.resume()
+
+
+def test_a_rank_takes_the_set_that_rank_0_opened_or_opens_it_where_it_cannot(monkeypatch):
+    opened = ImageSet(images=np.zeros((4, 1, 16, 16), np.uint8), name="a", photographs=False)
+    monkeypatch.setattr(setup, "open_data", lambda config, say: opened)
+    monkeypatch.setattr(setup, "taken_over", lambda known: known)
+    for known, expected in (("taken", "taken"), (None, opened)):
+        world = SimpleNamespace(is_chief=False, from_chief=lambda make, known=known: known)
+        assert setup.open_data_once(TrainConfig(), world, print) is expected
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"preset": "digits", "colour": 1}'])

@@ -6,11 +6,19 @@ import pytest
 import torch
 
 from ddpm_fast import checkpoint
-from ddpm_fast.train import summary
+from ddpm_fast.checkpoint_writer import CheckpointWriter
+from ddpm_fast.train import loop, summary
 from ddpm_fast.train.__main__ import main
 from ddpm_fast.train.step import TrainStep
 
 FEW = ("--iterations", 3, "--sample-every", 0)
+save_beside = CheckpointWriter.save
+
+
+def save_at_once(self, *arguments):
+    """As the writer's save, and until it is written."""
+    save_beside(self, *arguments)
+    self.wait()
 
 
 def test_a_run_that_diverges_stops_and_spares_the_last_healthy_checkpoint(
@@ -33,6 +41,35 @@ def test_a_run_that_diverges_stops_and_spares_the_last_healthy_checkpoint(
     assert checkpoint.steps_in(tmp_path / "run" / "checkpoints") == [4]
     saved = checkpoint.load(tmp_path / "run" / "checkpoints" / "step_00000004")
     assert all(torch.isfinite(t).all() for part in saved.parts.values() for t in part.values())
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory."), OSError(28, "No space left")]
+)
+def test_a_sample_grid_that_fails_is_a_warning_and_costs_no_checkpoint(
+    tmp_path, train, monkeypatch, capsys, error
+):
+    def fail(*_, **__):
+        steps.append(checkpoint.steps_in(tmp_path / "run" / "checkpoints"))
+        raise error
+
+    steps = []
+    monkeypatch.setattr(loop, "sample_images", fail)
+    monkeypatch.setattr(CheckpointWriter, "save", save_at_once)
+    flags = ("--iterations", 4, "--sample-every", 2, "--checkpoint-every", 2)
+    monkeypatch.setattr(summary, "digits_distance", lambda *_: 0.0)
+    assert train(tmp_path / "run", *flags) == 0
+    assert steps == [[2], [2, 4]]  # saved before the grid of the same step
+    out = capsys.readouterr().out
+    assert "warning: no sample grid of step 2: " in out and "images at a time" not in out
+    assert "finished 4 steps" in out
+
+
+def test_a_checkpoints_stall_is_logged(tmp_path, train):
+    assert train(tmp_path / "run", *FEW, "--checkpoint-every", 2, "--log-every", 1) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert ["checkpoint_stall_s" in row for row in rows] == [False, False, True]
+    assert 0 < rows[-1]["checkpoint_stall_s"] < 1
 
 
 def test_compile_on_cpu_is_declined_in_one_line(tmp_path, train, capsys):

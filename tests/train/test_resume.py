@@ -1,5 +1,7 @@
 """A killed, stopped or extended run ends where an uninterrupted one does, bit for bit."""
 
+import errno
+import json
 import os
 import signal
 import subprocess
@@ -9,7 +11,11 @@ import time
 import pytest
 import torch
 
-from ddpm_fast.train import loop
+from ddpm_fast import checkpoint
+from ddpm_fast.checkpoint import steps_in
+from ddpm_fast.data import batches, read_ahead
+from ddpm_fast.data.read_ahead import ReadAhead
+from ddpm_fast.train import loop, stopping
 from ddpm_fast.train.__main__ import main
 from ddpm_fast.train.run_folder import RunFolder
 
@@ -104,10 +110,10 @@ def test_a_run_lost_between_checkpoints_repeats_its_steps_exactly(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_after_the_step_it_met(
+def test_a_signal_stops_after_the_step_it_met_however_often_it_comes(
     tmp_path, whole, train, resume, before_step, weights, rows, capsys, number
 ):
-    undo = before_step(5, lambda: os.kill(os.getpid(), number))
+    undo = before_step(5, lambda: [os.kill(os.getpid(), number) for _ in range(3)])
     handler = signal.getsignal(number)
     assert train(tmp_path / "cut", *SHORT) == 0
     undo()
@@ -119,15 +125,30 @@ def test_a_signal_stops_after_the_step_it_met(
     assert rows(tmp_path / "cut") == rows(whole)
 
 
-def test_a_second_ctrl_c_ends_the_run_at_once_in_one_line(tmp_path, tiny, before_step, refused):
+def test_a_later_ctrl_c_ends_the_run_at_once_in_one_line(
+    tmp_path, tiny, before_step, refused, monkeypatch
+):
+    monkeypatch.setattr(stopping, "SAME_CTRL_C_S", 0.01)
+
     def twice():
         os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(1)  # the handlers run before this ends
 
     before_step(5, twice)
     argv = [*tiny, "--run-dir", tmp_path / "run", *SHORT]
     assert refused(main, argv, 1) == "interrupted"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no such signals")
+@pytest.mark.parametrize("number", ["SIGHUP", "SIGUSR1"])
+def test_what_terminals_and_batch_systems_send_asks_to_stop(number):
+    with stopping.stop_requests() as stop:
+        for _ in range(2):
+            os.kill(os.getpid(), getattr(signal, number))
+            time.sleep(0.001)
+    assert stop == [number, number]
 
 
 def test_a_run_stopped_before_its_first_step_can_be_resumed(
@@ -142,13 +163,36 @@ def test_a_run_stopped_before_its_first_step_can_be_resumed(
     assert weights(tmp_path / "cut", 12) == weights(whole, 12)
 
 
+def test_a_set_that_is_read_ahead_goes_on_exactly_and_its_waits_are_logged(
+    tmp_path, whole, train_until_killed, resume, weights, rows, monkeypatch
+):
+    """As one larger than memory is; the run is that of the same images held in memory."""
+
+    def slowly(self, step):
+        time.sleep(0.02)
+        return order(self, step)
+
+    order = ReadAhead._order
+    monkeypatch.setattr(ReadAhead, "_order", slowly)
+    monkeypatch.setattr(batches, "RESIDENT_BYTES", 0)
+    monkeypatch.setattr(read_ahead, "STEPS_AHEAD", 0)  # each batch is waited for
+    train_until_killed(10, tmp_path / "cut", *SHORT)
+    assert resume(tmp_path / "cut") == 0
+    assert weights(tmp_path / "cut", 12) == weights(whole, 12)
+    assert rows(tmp_path / "cut") == rows(whole)
+    logged = [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").open()]
+    assert all(0.3 < row["data_wait"] <= 1 for row in logged)  # the step itself takes some ms
+
+
 def test_resume_of_a_run_killed_before_its_first_checkpoint_starts_anew(
     tmp_path, whole, train, train_until_killed, resume, weights, rows, capsys
 ):
     train_until_killed(3, tmp_path / "cut", *SHORT)
     assert rows(tmp_path / "cut") and not any((tmp_path / "cut" / "checkpoints").iterdir())
+    before = (tmp_path / "cut" / "metrics.jsonl").read_bytes()
     assert resume(tmp_path / "cut") == 0
     assert "no checkpoint yet: starting from step 0" in capsys.readouterr().out
+    assert (tmp_path / "cut" / "metrics.1.jsonl").read_bytes() == before
     assert weights(tmp_path / "cut", 12) == weights(whole, 12)
     assert rows(tmp_path / "cut") == rows(whole)
 
@@ -218,6 +262,28 @@ def test_resume_with_more_iterations_goes_on_to_the_longer_run(
     assert '"iterations": 18' in (tmp_path / "short" / "config.json").read_text()
 
 
+def test_parts_of_the_batch_may_be_other_ones_when_a_run_goes_on(
+    tmp_path, whole, train_until_killed, resume, rows
+):
+    """What is to be done where memory does not suffice; the sums are rounded otherwise."""
+    train_until_killed(10, tmp_path / "cut", *SHORT)
+    assert resume(tmp_path / "cut", "--grad-accumulation", 2) == 0
+    losses = [[float(row[1]) for row in rows(run)] for run in (tmp_path / "cut", whole)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_batch_size_per_gpu_goes_on_where_it_comes_to_the_runs_batch_size(
+    tmp_path, whole, tiny, train, train_until_killed, weights, refused
+):
+    flags = (*SHORT, "--batch-size-per-gpu", 8, "--auto-resume")
+    train_until_killed(6, tmp_path / "cut", *flags)
+    argv = [*tiny, *flags, "--run-dir", tmp_path / "cut", "--batch-size-per-gpu", 4]
+    message = refused(main, argv, 2)
+    assert "4 of 1 processes are 4 images a step, this run has 8: a resumed run" in message
+    assert train(tmp_path / "cut", *flags) == 0
+    assert weights(tmp_path / "cut", 12) == weights(whole, 12)
+
+
 def test_resume_with_fewer_iterations_than_done_is_refused(tmp_path, train, refused, tree):
     run = tmp_path / "run"
     assert train(run, *SHORT) == 0
@@ -271,13 +337,67 @@ def test_a_full_disk_ends_the_run_in_one_line_and_spares_the_checkpoint(
         "--resume", run, "--iterations", 40, "--checkpoint-every", 20,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
     )  # fmt: skip
-    _, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert len(err.splitlines()) == 1
-    assert "step_00000020 not written: disk full; earlier checkpoints are untouched" in err
+    told = "not written: disk full; earlier checkpoints are untouched"
+    assert f"step_00000020 {told}" in out  # and the next one is tried, twice as it is the last
+    assert out.count(f"step_00000040 {told}") == 1 and f"step_00000040 {told}" in err
     assert tree(run / "checkpoints") == checkpoints  # nothing half-written is left either
     assert resume(run) == 0  # and with room again it goes on
     assert (run / "checkpoints" / "step_00000040").is_dir()
+
+
+@pytest.fixture
+def failing_writes(monkeypatch):
+    """failing_writes(*numbers): the writes of these numbers, from 1 on, meet a full disk."""
+
+    def arrange(*numbers):
+        check, count = checkpoint._check_space, iter(range(1, 1000))
+
+        def fail(*arguments):
+            if next(count) in numbers:
+                raise OSError(errno.ENOSPC, "full")
+            check(*arguments)
+
+        monkeypatch.setattr(checkpoint, "_check_space", fail)
+
+    return arrange
+
+
+@pytest.mark.faults
+def test_a_disk_that_is_full_for_a_while_costs_one_checkpoint_and_no_other(
+    tmp_path, train, failing_writes, capsys
+):
+    failing_writes(1)
+    assert train(tmp_path / "run", *SHORT, "--keep-checkpoints", 9) == 0
+    out = capsys.readouterr().out
+    assert out.count("step_00000004 not written: disk full") == 1
+    assert out.index("step_00000004 not written") < out.index("step 9/12")  # not at the end only
+    assert steps_in(tmp_path / "run" / "checkpoints") == [8, 12]
+
+
+@pytest.mark.faults
+def test_a_failed_write_does_not_cost_the_checkpoint_that_a_signal_asks_for(
+    tmp_path, whole, train, resume, before_step, failing_writes, weights, rows, capsys
+):
+    failing_writes(1, 2)  # of step 4, and the first try of step 7
+    undo = before_step(6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert train(tmp_path / "cut", *SHORT) == 0
+    undo()
+    assert "stopped by SIGTERM after step 7; checkpoint saved" in capsys.readouterr().out
+    assert steps_in(tmp_path / "cut" / "checkpoints") == [7]
+    assert resume(tmp_path / "cut") == 0
+    assert weights(tmp_path / "cut", 12) == weights(whole, 12)
+    assert rows(tmp_path / "cut") == rows(whole)
+
+
+@pytest.mark.faults
+def test_two_failed_checkpoints_in_a_row_end_the_run(tmp_path, tiny, failing_writes, refused):
+    failing_writes(2, 3)
+    flags = (*SHORT, "--iterations", 40, "--run-dir", tmp_path / "run")
+    assert "step_00000012 not written: disk full" in refused(main, [*tiny, *flags], 1)
+    assert steps_in(tmp_path / "run" / "checkpoints") == [4]
 
 
 @pytest.mark.faults

@@ -1,8 +1,11 @@
 """The files of a run folder: names, contents, and who may write them."""
 
+import errno
 import hashlib
 import json
 import math
+import threading
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -10,9 +13,21 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ddpm_fast import checkpoint
+from ddpm_fast.train import run_folder
 from ddpm_fast.train.__main__ import main
 from ddpm_fast.train.config import TrainConfig, parse_command
 from ddpm_fast.train.run_folder import RunFolder, RunFolderError, default_run_dir
+
+
+@contextmanager
+def file_size_limit(num_bytes):
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +144,43 @@ def test_a_locked_folder_is_refused_and_free_again_after_close(tmp_path):
     RunFolder(tmp_path / "run", resume=True).close()
 
 
+def test_a_restart_waits_for_a_trainer_that_is_about_to_leave(tmp_path, capsys):
+    first = RunFolder(tmp_path / "run", resume=False)
+    threading.Timer(0.2, first.close).start()
+    RunFolder(tmp_path / "run", resume=True, wait_s=30).close()
+    assert (
+        capsys.readouterr().out == f"run folder {tmp_path / 'run'} is in use: waiting up to 30 s\n"
+    )
+
+
+def test_a_file_system_without_locks_is_not_taken_for_another_trainer(tmp_path, monkeypatch):
+    def refuse(_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(run_folder, "_lock", refuse)
+    with pytest.raises(RunFolderError, match="No locks available; its file system has no locks"):
+        RunFolder(tmp_path / "run", resume=False, wait_s=30)
+
+
+def test_what_trackers_made_before_a_start_was_lost_does_not_refuse_the_next(tmp_path):
+    (tmp_path / "run" / "wandb" / "offline-run").mkdir(parents=True)
+    RunFolder(tmp_path / "run", resume=False).close()
+
+
+def test_a_row_that_cannot_be_written_is_told_once_and_leaves_whole_rows(tmp_path, capsys):
+    """A limit of 40 bytes a file stands for the full disk."""
+    folder = RunFolder(tmp_path / "run", resume=False)
+    with file_size_limit(40):
+        folder.add_metrics({"step": 1, "loss": 0.5})
+        for step in (2, 3):
+            folder.add_metrics({"step": step, "loss": 0.5})
+    folder.add_metrics({"step": 4, "loss": 0.5})
+    folder.close()
+    assert [json.loads(line)["step"] for line in folder.metrics_path.open()] == [1, 4]
+    told = f"warning: {folder.metrics_path} not written: File too large; training goes on\n"
+    assert capsys.readouterr().err == told
+
+
 def test_default_run_folders_do_not_collide(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("time.strftime", lambda _: "20200102-030405")
@@ -141,7 +193,8 @@ def test_default_run_folders_do_not_collide(tmp_path, monkeypatch):
 def test_rows_past_the_checkpoint_are_forgotten_and_the_others_kept_as_they_are(tmp_path):
     folder = RunFolder(tmp_path, resume=True)
     kept = ['{"step": 1, "loss": 0.1}', '{"step":2,"loss":0.30000000000000004}']
-    folder.metrics_path.write_text("\n".join([*kept, '{"step": 3, "loss": 1}', '{"st']))
+    cut = ['{"step": 3, "loss": 1}', '{"loss": 1}', "[]", '{"st']
+    folder.metrics_path.write_bytes("\n".join([*kept, *cut]).encode() + b"\xff\xfe")
     folder.forget_metrics_after(2)
     assert folder.metrics_path.read_text().splitlines() == kept
     folder.close()
