@@ -142,6 +142,11 @@ def load_newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint:
     raise CheckpointError(f"{folder} holds no checkpoint that can be loaded: {found}")
 
 
+def average_part(decay: float | None) -> str:
+    """The part that holds averaged weights: "ema", or "ema_0.999" of a further decay."""
+    return "ema" if decay is None else f"ema_{decay!r}"
+
+
 def versions() -> dict[str, str]:
     """What wrote this: package, torch, Python."""
     from importlib.metadata import PackageNotFoundError, version

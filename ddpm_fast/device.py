@@ -1,4 +1,4 @@
-"""Which device a command runs on."""
+"""Which device a command runs on, and what its lack of memory looks like."""
 
 from __future__ import annotations
 
@@ -25,3 +25,8 @@ def pick_device(name: str) -> torch.device:
             "allowed here: " + ", ".join(["cpu", *(f"cuda:{i}" for i in range(count))])
         )
     return device
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an allocation failed, on CUDA or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

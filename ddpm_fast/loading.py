@@ -32,7 +32,7 @@ def load(
     *,
     preset: str | None = None,
     config: UNetConfig | None = None,
-    ema: bool = True,
+    ema: bool | float = True,
     device: torch.device | str = "cpu",
 ) -> UNet:
     """A trained net, in eval mode.
@@ -40,9 +40,10 @@ def load(
     path     a run folder (its newest healthy checkpoint), a checkpoint folder or a file in it, or
              a .pth of the original repository
     preset, config  one of them for a .pth, which does not say what net it is for
-    ema      the averaged weights, or else the trained ones
+    ema      the averaged weights, those of one of extra_ema_decays, or else the trained ones
     raises   CheckpointError  missing, damaged, or of another architecture
-             ValueError       a .pth without preset or config, or another path with one
+             ValueError       a .pth without preset or config, or another path with one; a decay
+                              that was not kept
     """
     return load_trained(path, preset=preset, config=config, ema=ema, device=device).net
 
@@ -52,7 +53,7 @@ def load_trained(
     *,
     preset: str | None = None,
     config: UNetConfig | None = None,
-    ema: bool = True,
+    ema: bool | float = True,
     device: torch.device | str = "cpu",
 ) -> Trained:
     """As :func:`load`, with the diffusion process and the step."""
@@ -61,6 +62,8 @@ def load_trained(
         if config is None and preset is None:
             presets = ", ".join(nn_config.PRESETS)
             raise ValueError(f"{path} does not say what net it is for: give preset, of {presets}")
+        if not isinstance(ema, bool):
+            raise ValueError(f"ema={ema}, but {path} holds one average: True or False")
         state = original.read_pth(path)
         config = config or nn_config.preset(preset, num_classes=original.num_classes(state))
         weights = original.net_weights(state, path, ema=ema)
@@ -70,7 +73,7 @@ def load_trained(
     saved = _read(path)
     if preset is not None or config is not None:
         raise ValueError(f"{path} says itself what net it is for: preset and config are for a .pth")
-    part = "ema" if ema else "model"
+    part = _part(saved, ema)
     try:
         config = UNetConfig.from_json(saved.manifest["net"])
         proc = Diffusion(**saved.manifest["diffusion"])
@@ -78,6 +81,19 @@ def load_trained(
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{saved.path} has an unusable manifest: {error}") from None
     return Trained(_net(config, weights, saved.path, device), proc, saved.step, saved.path)
+
+
+def _part(saved: checkpoint.Checkpoint, ema: bool | float) -> str:
+    if isinstance(ema, bool):
+        return checkpoint.average_part(None) if ema else "model"
+    part = checkpoint.average_part(float(ema))
+    if part not in saved.parts:
+        kept = [name.removeprefix("ema_") for name in saved.parts if name.startswith("ema_")]
+        raise ValueError(
+            f"ema={ema}: {saved.path} holds {'no further averages' if not kept else 'those of '}"
+            f"{', '.join(kept)}; True is the run's first"
+        )
+    return part
 
 
 def _read(path: Path) -> checkpoint.Checkpoint:

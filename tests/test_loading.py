@@ -96,6 +96,7 @@ def newest(run, name="ema.safetensors"):
 def edit(path, change):
     values = json.loads(path.read_text())
     change(values)
+    values["manifest_sha256"] = checkpoint._digest(values)  # as if it had been written so
     path.write_text(json.dumps(values))
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
+from ddpm_fast.device import is_out_of_memory
 from ddpm_fast.diffusion.sampler import DDIM_STEPS, OnStep, Sampler
 from ddpm_fast.distributed import (
     World,
@@ -20,7 +23,7 @@ from ddpm_fast.distributed import (
     rank_device,
     told_if_rank_lost,
 )
-from ddpm_fast.errors import UsageError
+from ddpm_fast.errors import Failure, UsageError
 from ddpm_fast.images import grid, grid_scale, save_gif, save_png, to_uint8
 from ddpm_fast.loading import Trained, load_trained
 from ddpm_fast.sampling.folder import SampleFolder
@@ -30,12 +33,17 @@ GO_ON = "the same command goes on with the images that are missing"
 ON_A_PAGE = 64  # images of grid.png
 IN_THE_GIF = 16
 GIF_FRAMES = 40  # most frames before the last
+WRITERS = 4  # threads that make PNGs; one makes some 850 small images a second
+
+
+class SamplingError(Failure):
+    """Sampling cannot go on: one line saying why and what is safe."""
 
 
 def draw(options: SampleOptions) -> None:
     """Write what the options ask for.
 
-    raises  UsageError, CheckpointError, OSError
+    raises  UsageError, CheckpointError, SamplingError, OSError
     """
     device = rank_device(options.device)
     when = lambda: f"while {options.num_images} images were drawn"  # noqa: E731
@@ -55,11 +63,13 @@ def _draw(options: SampleOptions, device: torch.device, world: World) -> None:
         lambda: SampleFolder(Path(options.out), identity, first=world.is_chief)
     )
     console = Console(highlight=False, soft_wrap=True, quiet=not world.is_chief)
-    sampler = _sampler(options, trained, dtype)
     start = time.perf_counter()
     batches = world.from_chief(lambda: _missing_batches(options, folder))
     share = [range(*batch) for batch in batches[world.rank :: world.size]]
-    drawn = sum(world.gather(_draw_share(options, trained, sampler, folder, share, console)))
+    with _told_if_it_does_not_fit(options, device):
+        sampler = _sampler(options, trained, dtype)
+        own = _draw_share(options, trained, sampler, folder, share, console)
+    drawn = sum(world.gather(own))
     seconds = time.perf_counter() - start
     console.print(
         f"{drawn:.0f} images drawn in {seconds:.1f} s, {options.num_images} in {folder.path}"
@@ -68,12 +78,27 @@ def _draw(options: SampleOptions, device: torch.device, world: World) -> None:
         _write_extras(options, trained, folder, sampler, console)
 
 
+@contextmanager
+def _told_if_it_does_not_fit(options: SampleOptions, device: torch.device) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        size = options.images_at_a_time
+        smaller = f"--batch-size {size // 2}" if size > 1 else "another --device"
+        raise SamplingError(
+            f"out of memory: {size} images at a time do not fit on {device}; {smaller} may; images "
+            f"drawn so far stay, and {GO_ON}"
+        ) from None
+
+
 def _load(options: SampleOptions, device: torch.device, world: World) -> Trained:
     """The net, from the checkpoint that rank 0 takes: a newer one may appear meanwhile."""
 
     def load(path: str) -> Trained:
         try:
-            return load_trained(path, preset=options.preset, ema=options.ema, device=device)
+            return load_trained(path, preset=options.preset, ema=options.average, device=device)
         except ValueError as error:
             raise UsageError(str(error)) from None
 
@@ -103,18 +128,21 @@ def _draw_share(
     """Draw this rank's batches; how many images were drawn."""
     drawn = 0
     shown = track(share, "sampling", console=console) if console.is_terminal else share
-    with ThreadPoolExecutor(max_workers=1) as writer:
-        written: Future | None = None  # while a batch is written the next is drawn
+    with ThreadPoolExecutor(WRITERS) as writers:
+        written: list[Future] = []  # while a batch is written the next is drawn
         for numbers in shown:
             pixels = to_uint8(_sample(sampler, options, trained, numbers))
-            if written is not None:
-                written.result()
-            written = writer.submit(folder.write, numbers, pixels)
+            for part in written:
+                part.result()
+            written = [
+                writers.submit(folder.write, numbers[k::WRITERS], pixels[k::WRITERS])
+                for k in range(WRITERS)
+            ]
             drawn += len(numbers)
             if not console.is_terminal:
                 console.print(f"{numbers.stop}/{options.num_images} images")
-        if written is not None:
-            written.result()
+        for part in written:
+            part.result()
     return drawn
 
 

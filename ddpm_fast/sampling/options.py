@@ -51,6 +51,8 @@ class SampleOptions:
     """classes to draw in turn, as 3 or 0,1,2; none: all of them in turn"""
     ema: bool = True
     """use the averaged weights"""
+    ema_decay: float | None = None
+    """the average of this decay, one of the run's extra_ema_decays; None: its first"""
     grid: bool = True
     """also write grid.png, the first images on one page"""
     gif: bool = False
@@ -73,6 +75,8 @@ class SampleOptions:
             raise ValueError(f"seed={self.seed} must be from 0 to 2**63 - 1")
         if not self.timeout > 0:
             raise ValueError(f"timeout={self.timeout} must be positive")
+        if self.ema_decay is not None and not self.ema:
+            raise ValueError(f"ema_decay={self.ema_decay} chooses an average, ema=False none")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta={self.eta} must be from 0 to 1")
         if self.eta and self.sampler != "ddim":
@@ -82,13 +86,20 @@ class SampleOptions:
     def images_at_a_time(self) -> int:
         return self.batch_size or min(64, self.num_images)
 
+    @property
+    def average(self) -> bool | float:
+        """As df.load's ema."""
+        return self.ema if self.ema_decay is None else self.ema_decay
+
     def identity(self) -> dict[str, Any]:
         """What the pixels depend on: all must agree for a folder to be continued.
 
         The batch size is not in it: it changes images by rounding only.
         """
-        names = ("seed", "sampler", "steps", "eta", "spacing", "variance", "clip", "ema")
-        return {name: getattr(self, name) for name in names} | {"classes": list(self.classes)}
+        names = ("seed", "sampler", "steps", "eta", "spacing", "variance", "clip")
+        return {name: getattr(self, name) for name in names} | {
+            "ema": self.average, "classes": list(self.classes),
+        }  # fmt: skip
 
 
 def parse_options(argv: Sequence[str]) -> SampleOptions:

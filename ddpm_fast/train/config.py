@@ -91,6 +91,8 @@ class TrainConfig:
     """largest global gradient norm; 0: no clipping"""
     ema_decay: float = 0.995
     """share of the averaged weights kept at each update"""
+    extra_ema_decays: tuple[float, ...] = ()
+    """decays of further averages, as 0.999,0.99: saved beside the first, to choose from later"""
     ema_update_rate: int = 1
     """steps between updates of the averaged weights"""
     ema_warmup: bool = True
@@ -164,8 +166,17 @@ class TrainConfig:
             )
         if not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"learning_rate={self.learning_rate} must be positive and finite")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay={self.ema_decay} must be in [0, 1)")
+        decays = (self.ema_decay, *self.extra_ema_decays)
+        if not all(0 <= decay < 1 for decay in decays):
+            raise ValueError(
+                f"ema_decay={self.ema_decay}, extra_ema_decays={self.extra_ema_decays}: each must "
+                "be in [0, 1)"
+            )
+        if len(set(decays)) < len(decays):
+            raise ValueError(
+                f"extra_ema_decays={self.extra_ema_decays} must differ from each other and from "
+                f"ema_decay={self.ema_decay}"
+            )
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed} must be from 0 to 2**63 - 1")
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
@@ -302,7 +313,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if get_origin(hint) is Literal:
         return value in options
     if get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(_fits(v, int) for v in value)
+        return isinstance(value, tuple) and all(_fits(v, options[0]) for v in value)
     if options:  # a union
         return any(_fits(value, kind) for kind in options)
     if isinstance(value, bool):

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from ddpm_fast.device import is_out_of_memory
 from ddpm_fast.distributed import told_if_rank_lost
 from ddpm_fast.errors import Failure
 from ddpm_fast.train.config import PROG
-from ddpm_fast.train.memory import advice, is_out_of_memory
+from ddpm_fast.train.memory import advice
 from ddpm_fast.train.step import TrainStep
 
 GO_ON = "torchrun --max-restarts N with --auto-resume goes on from the last checkpoint"
@@ -32,6 +33,20 @@ def told_if_it_cannot_go_on(
                 raise
             error.__traceback__ = None  # it holds the step's tensors
         raise TrainingError(advice(train_step, resumed=resumed))
+
+
+@contextmanager
+def told_if_the_net_does_not_fit() -> Iterator[None]:
+    """TrainingError where the weights, their averages or the images do not."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrainingError(
+            "out of memory before the first step: the net, its averages and the images do not fit; "
+            "a smaller net, fewer --extra-ema-decays or another --device may"
+        ) from None
 
 
 @contextmanager

@@ -34,9 +34,16 @@ from ddpm_fast.train.failures import (
     TrainingError,
     told_if_it_cannot_go_on,
     told_if_only_a_grid_fails,
+    told_if_the_net_does_not_fit,
 )
 from ddpm_fast.train.progress import Display, Measured, peak_gib
-from ddpm_fast.train.resuming import facts, newest_checkpoint, news_of_rate, restore
+from ddpm_fast.train.resuming import (
+    average_parts,
+    facts,
+    newest_checkpoint,
+    news_of_rate,
+    restore,
+)
 from ddpm_fast.train.run_folder import RunFolder, RunFolderError, default_run_dir
 from ddpm_fast.train.saving import Saving
 from ddpm_fast.train.setup import (
@@ -74,7 +81,8 @@ def _train(invocation: Invocation, device: torch.device, world: World) -> None:
     config = for_ranks(invocation.config, device, world, resumed=invocation.resume)
     choose_algorithms(device, deterministic=config.deterministic)
     images = open_data_once(config, world, print if world.is_chief else _quiet)
-    train_step = make_step(config, images, device, world)
+    with told_if_the_net_does_not_fit():
+        train_step = make_step(config, images, device, world)
     path = Path(world.from_chief(lambda: str(config.run_dir or default_run_dir(config.preset))))
     wait_s = config.timeout if invocation.waits else 0.0
     folder = RunFolder(path, resume=invocation.resume, writes=world.is_chief, wait_s=wait_s)
@@ -137,7 +145,8 @@ class Run:
         self.device = train_step.batches.device
         self.step = 0
         self.last_measured: Measured | None = None
-        self._trained_steps, self._trained_s = 0, 0.0  # by this process, maintenance left out
+        self._trained_steps, self._trained_s = 0, 0.0  # warm, and maintenance left out
+        self._warm: bool | None = None  # captured as the interval began; None: no step before it
         self._trained_any, self._told_skipped, self._told_graph = False, 0, False
         self._skew = SkewWatch(self.world, display.say)
         self._compiled_graphs = 0
@@ -166,8 +175,10 @@ class Run:
 
     @property
     def images_per_s(self) -> float:
-        """Mean over all logged intervals of this process."""
-        return self._trained_steps * self.config.batch_size / max(self._trained_s, 1e-9)
+        """Mean over this process's logged intervals but those in which it was warming up."""
+        if not self._trained_steps:
+            return 0.0 if self.last_measured is None else self.last_measured.images_per_s
+        return self._trained_steps * self.config.batch_size / self._trained_s
 
     def _train_one(self) -> None:
         train_step = self.train_step
@@ -242,7 +253,7 @@ class Run:
         parts = self.train_step
         return {
             "model": parts.net.state_dict(),
-            "ema": parts.ema.state_dict(),
+            **average_parts(parts),
             "optimizer": state_tensors(parts.optimizer, parts.net),
         }, facts(parts)
 
@@ -297,10 +308,7 @@ class Run:
         now = time.perf_counter()
         seconds = max(now - self._interval_start - self._maintenance_s, 1e-9)
         steps = self.step - self._interval_step
-        self._trained_steps, self._trained_s = (
-            self._trained_steps + steps,
-            self._trained_s + seconds,
-        )
+        self._count(steps, seconds)
         waits_s = self.train_step.batches.wait_s - self._waited_s
         measured = Measured(
             step=self.step,
@@ -325,8 +333,16 @@ class Run:
         self.folder.add_metrics(row)
         seconds_left = (self.config.iterations - self.step) * seconds / steps
         self.display.measured(measured, seconds_left)
-        self._track({name: value for name, value in row.items() if name != "step"})
+        self._track({k: v for k, v in row.items() if k != "step" and v is not None})
         self._start_interval()
+
+    def _count(self, steps: int, seconds: float) -> None:
+        """An interval's share in images_per_s: none of the first, nor of one with the capture."""
+        captured = self.train_step.call.captured
+        if self._warm == captured:
+            self._trained_steps += steps
+            self._trained_s += seconds
+        self._warm = captured
 
     def _track(self, values: dict[str, float]) -> None:
         """Hand a row to the trackers; one that cannot write is left out from then on."""

@@ -6,12 +6,8 @@ import gc
 
 import torch
 
+from ddpm_fast.device import is_out_of_memory
 from ddpm_fast.train.step import TrainStep
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an allocation failed, on CUDA or on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def advice(train_step: TrainStep, *, resumed: bool) -> str:
@@ -44,19 +40,30 @@ def advice(train_step: TrainStep, *, resumed: bool) -> str:
 
 def largest_part_that_fits(train_step: TrainStep, tried: int) -> int | None:
     """The first of tried // 2, tried // 4, ..., 1 whose forward and backward pass fits."""
+    train_step.call.forget()  # its graph's memory
     while tried > 1:
         tried //= 2
         _free(train_step)
         try:
+            moments = _moments_to_come(train_step)
             train_step.backward(slice(0, tried))
+            moments.clear()
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             error.__traceback__ = None  # it holds the pass's tensors
+            moments = []
         else:
             _free(train_step)
             return tried
     return None
+
+
+def _moments_to_come(train_step: TrainStep) -> list[torch.Tensor]:
+    """Memory of the optimizer's state, which is not there before the first step."""
+    if train_step.optimizer.state:
+        return []
+    return [torch.empty_like(p) for p in train_step.parameters for _ in range(2)]
 
 
 def _free(train_step: TrainStep) -> None:

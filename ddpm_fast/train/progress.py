@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -34,8 +35,10 @@ class Measured:
     data_wait: float = 0.0
     skew: float | None = None
 
-    def row(self) -> dict[str, float]:
-        return {name: value for name, value in asdict(self).items() if value is not None}
+    def row(self) -> dict[str, float | None]:
+        """For JSON, which has no NaN: null."""
+        values = {name: value for name, value in asdict(self).items() if value is not None}
+        return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
     def line(self) -> str:
         waiting = f"  data wait {self.data_wait:.0%}" if self.data_wait >= 0.01 else ""

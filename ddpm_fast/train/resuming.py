@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ddpm_fast import checkpoint
-from ddpm_fast.checkpoint import Checkpoint, CheckpointError
+from ddpm_fast.checkpoint import Checkpoint, CheckpointError, average_part
 from ddpm_fast.optimizer import load_state_tensors
 from ddpm_fast.train.config import RESUMABLE
 from ddpm_fast.train.run_folder import RunFolder
@@ -49,16 +49,25 @@ def facts(train_step: TrainStep) -> dict[str, Any]:
     }
 
 
+def average_parts(train_step: TrainStep) -> dict[str, checkpoint.Tensors]:
+    """The averages' states, by the names of their parts in a checkpoint."""
+    first, *others = train_step.emas
+    named = {average_part(None): first} | {average_part(ema.decay): ema for ema in others}
+    return {name: ema.state_dict() for name, ema in named.items()}
+
+
 def restore(train_step: TrainStep, saved: Checkpoint) -> None:
     """Put a checkpoint's state into a step; CheckpointError if it is of another run."""
     parts = train_step
     try:
-        model, ema, optimizer = (saved.parts[n] for n in ("model", "ema", "optimizer"))
+        model, optimizer = saved.parts["model"], saved.parts["optimizer"]
+        averages = [saved.parts[name] for name in average_parts(parts)]
         updates = int(saved.manifest["ema_updates"])
         checkpoint.check_state(parts.net.state_dict(), model, saved.path)
         _check_same_run(saved, facts(train_step))
         parts.net.load_state_dict(model)
-        parts.ema.load_state_dict(ema, updates=updates)
+        for ema, average in zip(parts.emas, averages, strict=True):
+            ema.load_state_dict(average, updates=updates)
         load_state_tensors(parts.optimizer, parts.net, optimizer)
     except (KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{saved.path} cannot be resumed: {error}") from None

@@ -98,6 +98,8 @@ def for_ranks(
         raise UsageError(
             f"--grad-compression {config.grad_compression} is for CUDA; on {device.type}: none"
         )
+    if config.cuda_graph == "on" and device.type != "cuda":
+        raise UsageError(f"--cuda-graph on is for CUDA; on {device.type}: auto or off")
     shares = world.size * config.grad_accumulation
     if config.batch_size % shares:
         sizes = [
@@ -160,7 +162,10 @@ def make_step(
     bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
     return TrainStep(
         config, net=net, proc=proc, batches=batches, optimizer=optimizer,
-        ema=EMA(net, config.ema_decay, warmup=config.ema_warmup),
+        emas=[
+            EMA(net, decay, warmup=config.ema_warmup)
+            for decay in (config.ema_decay, *config.extra_ema_decays)
+        ],
         autocast_dtype=torch.bfloat16 if bf16 else None,
         flip=config.flip == "on" or (config.flip == "auto" and images.photographs),
         world=world,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -46,13 +46,14 @@ class TrainStep:
         proc: Diffusion,
         batches: Batches,
         optimizer: torch.optim.Optimizer,
-        ema: EMA,
+        emas: Sequence[EMA],
         autocast_dtype: torch.dtype | None,
         flip: bool,
         world: World = ALONE,
     ) -> None:
         self.config, self.net, self.proc, self.batches = config, net, proc, batches
-        self.optimizer, self.ema, self.autocast_dtype = optimizer, ema, autocast_dtype
+        self.optimizer, self.autocast_dtype = optimizer, autocast_dtype
+        self.emas, self.ema = emas, emas[0]  # the first is the one that is sampled from
         self.flip, self.world = flip, world
         self.forward: Callable[..., Tensor] = net  # or what setup.wrap_net makes of it
         self.compiled = False
@@ -68,7 +69,8 @@ class TrainStep:
         self._refused = torch.zeros((), device=device)
         optimizer.found_inf = self._refused  # fused optimizers leave all as it is where 1
         self._averages_itself = isinstance(optimizer, FusedAdamW)
-        self._ema_weights = torch.zeros(1, device=device)  # of the new weights, for FusedAdamW
+        # of the new weights in each average, for FusedAdamW
+        self._ema_weights = torch.zeros(len(emas), device=device)
         size = batches.batch_size // config.grad_accumulation
         self._parts = [slice(at, at + size) for at in range(0, batches.batch_size, size)]
         self._forward_times: list[tuple] = []  # (start, end) of each part's forward pass
@@ -84,13 +86,20 @@ class TrainStep:
         self._set_learning_rate(self.learning_rate(step))
         due = (step + 1) % self.config.ema_update_rate == 0
         if self._averages_itself:
-            self._ema_weights.fill_(self.ema.next_weight if due else 0.0)
+            for weight, ema in zip(self._ema_weights.unbind(), self.emas, strict=True):
+                weight.fill_(ema.next_weight if due else 0.0)
         self.call()
-        if due and self._averages_itself:
-            self.ema.count_update(self.net)
-        elif due:  # not captured: its decay changes
-            skips = self.config.on_nan == "skip"
-            self.ema.update(self.net, self._refused == 0 if skips else None)
+        if due:
+            self._average()
+
+    def _average(self) -> None:
+        """Not captured: an average's decay changes."""
+        applied = self._refused == 0 if self.config.on_nan == "skip" else None
+        for ema in self.emas:
+            if self._averages_itself:
+                ema.count_update(self.net)
+            else:
+                ema.update(self.net, applied)
 
     def _run(self) -> None:
         """The step as a function of the buffers."""
@@ -127,7 +136,7 @@ class TrainStep:
         self._refused.copy_(~(torch.isfinite(self.loss) & self.healthy))
         self.optimizer.step(
             max_norm=self.config.grad_clip or float("inf"),
-            emas=[list(self.ema.net.parameters())],
+            emas=[list(ema.net.parameters()) for ema in self.emas],
             ema_weights=self._ema_weights,
             skip_nonfinite=True,
         )

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from ddpm_fast.nn import config as nn_config
 from ddpm_fast.sample import main
 from ddpm_fast.sampling import command
 from ddpm_fast.sampling import folder as folder_module
+from ddpm_fast.sampling.folder import SampleFolder
 from ddpm_fast.sampling.options import SampleOptions, parse_options
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -426,3 +428,35 @@ def test_ctrl_c_is_one_line(draw, refused, tiny_run, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "_sample", interrupt)
     argv = ["--checkpoint", tiny_run, "--out", tmp_path / "out", "--steps", 2]
     assert refused(main, argv, 1) == "interrupted"
+
+
+def test_out_of_memory_is_one_line_that_says_what_may_fit(tiny_run, tmp_path, monkeypatch, refused):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(command, "_sample", fail)
+    argv = ["--checkpoint", tiny_run, "--out", tmp_path / "out", "--batch-size", 8]
+    message = refused(main, argv, 1)
+    assert message.startswith("out of memory: 8 images at a time do not fit on ")
+    assert "; --batch-size 4 may; images drawn so far stay" in message
+
+
+def test_a_batch_is_written_while_the_next_is_drawn(draw, monkeypatch):
+    """The first image of a batch is not written before the next batch has begun."""
+    begun, original, write = threading.Event(), command._sample, SampleFolder.write
+    calls, waited = [], []
+
+    def sample(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            begun.set()
+        return original(*arguments)
+
+    def wait_and_write(folder, numbers, pixels):
+        waited.append(begun.wait(30))
+        write(folder, numbers, pixels)
+
+    monkeypatch.setattr(command, "_sample", sample)
+    monkeypatch.setattr(SampleFolder, "write", wait_and_write)
+    draw("--no-grid")
+    assert len(calls) == 2 and waited and all(waited)

@@ -1,12 +1,15 @@
 """What a run does beside its steps: it stops when it diverges, and says what it does not do."""
 
 import json
+import re
+import time
 
 import pytest
 import torch
 
 from ddpm_fast import checkpoint
 from ddpm_fast.checkpoint_writer import CheckpointWriter
+from ddpm_fast.diffusion.process import Diffusion
 from ddpm_fast.train import loop, summary
 from ddpm_fast.train.__main__ import main
 from ddpm_fast.train.step import TrainStep
@@ -148,3 +151,46 @@ def test_a_monitored_run_logs_what_the_machine_did(tmp_path, train, capsys):
     assert any(row.get("monitor_memory_gib", 0) > 0 for row in rows)
     if not torch.cuda.is_available():
         assert "GPUs are not monitored: " in capsys.readouterr().out
+
+
+def test_the_summary_leaves_out_the_first_interval_which_warms_up(
+    tmp_path, train, before_step, capsys
+):
+    before_step(0, lambda: time.sleep(3))
+    flags = ("--iterations", 30, "--log-every", 10, "--sample-every", 0)
+    assert train(tmp_path / "run", *flags) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert rows[0]["images_per_s"] < 3  # 8 images in 3 s
+    (speed,) = re.findall(r"speed +(\d+) img/s", capsys.readouterr().out)
+    assert int(speed) > 0.5 * min(row["images_per_s"] for row in rows[1:])
+
+
+def test_a_graph_that_must_be_cannot_be_on_the_cpu(tmp_path, tiny, refused):
+    argv = [*tiny, "--cuda-graph", "on", "--run-dir", tmp_path / "run"]
+    assert refused(main, argv, 2) == "--cuda-graph on is for CUDA; on cpu: auto or off"
+
+
+def test_a_logged_step_that_was_skipped_is_null_in_the_metrics(tmp_path, train, monkeypatch):
+    original = Diffusion.loss
+
+    def loss(self, *arguments, step, **options):
+        return original(self, *arguments, step=step, **options) / (0 if int(step) == 1 else 1)
+
+    monkeypatch.setattr(Diffusion, "loss", loss)
+    assert train(tmp_path / "run", *FEW, "--on-nan", "skip", "--log-every", 1) == 0
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+
+    def no_such(word):
+        raise AssertionError(word)
+
+    losses = [json.loads(line, parse_constant=no_such)["loss"] for line in lines]
+    assert losses[1] is None and losses[0] > 0 and losses[2] > 0
+
+
+def test_a_net_that_does_not_fit_is_one_line(tmp_path, tiny, refused, monkeypatch):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(loop, "make_step", fail)
+    message = refused(main, [*tiny, *FEW, "--run-dir", tmp_path / "run"], 1)
+    assert message.startswith("out of memory before the first step: the net, its averages")

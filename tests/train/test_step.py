@@ -161,7 +161,7 @@ def test_cudnn_tries_its_algorithms_unless_the_same_bits_are_wanted(monkeypatch)
     assert not cudnn.benchmark
 
 
-@pytest.mark.parametrize("flag", ["on", "off"])
+@pytest.mark.parametrize("flag", ["auto", "off"])
 def test_gradients_are_shared_in_the_stream_of_the_capture_if_there_is_one(flag, monkeypatch):
     step, entered = build(cuda_graph=flag), []
 
@@ -171,7 +171,7 @@ def test_gradients_are_shared_in_the_stream_of_the_capture_if_there_is_one(flag,
         yield
 
     step.call = CapturedCall(
-        step._run, torch.device("cuda"), why_not=None if flag == "on" else "--cuda-graph off"
+        step._run, torch.device("cuda"), why_not=None if flag == "auto" else "--cuda-graph off"
     )
     fake = SimpleNamespace(wait_stream=lambda other: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: fake)
@@ -183,7 +183,7 @@ def test_gradients_are_shared_in_the_stream_of_the_capture_if_there_is_one(flag,
         setup, "DistributedDataParallel", lambda net, **options: made.append(list(entered))
     )
     setup._shared(step)
-    assert made == [[fake] if flag == "on" else []]
+    assert made == [[fake] if flag == "auto" else []]
 
 
 @pytest.mark.parametrize("stopped", [False, True])
@@ -335,7 +335,7 @@ def test_values_that_do_not_go_together_are_refused():
 
 
 def test_memory_errors_of_both_allocators_are_known():
-    from ddpm_fast.train.memory import is_out_of_memory
+    from ddpm_fast.device import is_out_of_memory
 
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(RuntimeError) as caught:
