@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ddpm_fast.kernels.target import arch_of, on_device_of
 
-
 SPARE_ROWS = 2  # captures with no step of their own between them
 
 

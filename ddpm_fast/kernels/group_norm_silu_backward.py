@@ -5,9 +5,11 @@ import triton.language as tl
 
 from ddpm_fast.kernels.group_norm_silu_tiles import (
     affine,
+    images,
     keep_mask,
     load_input,
     offsets,
+    program,
     to_channels,
     to_groups,
 )
@@ -102,10 +104,9 @@ def sums_kernel(
     HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """partial (3, N, SPLITS, C): each range's share of the sums of du x_hat, du and x_hat."""
-    n = tl.program_id(1)
-    split = tl.program_id(2)
     C: tl.constexpr = C1 + C2
-    c_start = tl.program_id(0) * GROUPS * CPG
+    block, n, split = program(C // CPG, GROUPS)
+    c_start = block * GROUPS * CPG
     lane_c = tl.arange(0, BLOCK_C)
     offs_c = c_start + lane_c
     mask_c = (lane_c < GROUPS * CPG) & (offs_c < C)
@@ -119,7 +120,7 @@ def sums_kernel(
         C1, C2, HW, GROUPS * CPG, RANGE, BLOCK_HW, BLOCK_C, NHWC, SILU, HAS_CONCAT, DROPOUT,
     )  # fmt: skip
     at = (n * SPLITS + split) * C + offs_c
-    third = tl.num_programs(1) * SPLITS * C
+    third = images(C // CPG, GROUPS) * SPLITS * C
     tl.store(partial_ptr + at, s_dx, mask=mask_c)
     tl.store(partial_ptr + third + at, s_d, mask=mask_c)
     tl.store(partial_ptr + 2 * third + at, s_x, mask=mask_c)
@@ -127,13 +128,15 @@ def sums_kernel(
 
 @triton.jit
 def _joined_sums(
-    partial_ptr, n, offs_c, mask_c, C: tl.constexpr, SPLITS: tl.constexpr, BLOCK_C: tl.constexpr
-):
+    partial_ptr, n, offs_c, mask_c,
+    C: tl.constexpr, CPG: tl.constexpr, GROUPS: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """The three sums over all ranges."""
     s_dx = tl.zeros((BLOCK_C,), tl.float32)
     s_d = tl.zeros((BLOCK_C,), tl.float32)
     s_x = tl.zeros((BLOCK_C,), tl.float32)
-    third = tl.num_programs(1) * SPLITS * C
+    third = images(C // CPG, GROUPS) * SPLITS * C
     for split in range(SPLITS):
         at = partial_ptr + (n * SPLITS + split) * C + offs_c
         s_dx += tl.load(at, mask=mask_c, other=0.0)
@@ -157,10 +160,9 @@ def backward_kernel(
 
     dx = rstd (a du - mean(a du) - x_hat mean(a du x_hat)) + dsum, means over the group.
     """
-    n = tl.program_id(1)
-    split = tl.program_id(2)
     C: tl.constexpr = C1 + C2
-    c_start = tl.program_id(0) * GROUPS * CPG
+    block, n, split = program(C // CPG, GROUPS)
+    c_start = block * GROUPS * CPG
     lane_c = tl.arange(0, BLOCK_C)
     offs_c = c_start + lane_c
     mask_c = (lane_c < GROUPS * CPG) & (offs_c < C)
@@ -190,13 +192,15 @@ def backward_kernel(
             C1, C2, HW, GROUPS * CPG, RANGE, BLOCK_HW, BLOCK_C, NHWC, SILU, HAS_CONCAT, DROPOUT,
         )  # fmt: skip
     else:
-        s_dx, s_d, s_x = _joined_sums(partial_ptr, n, offs_c, mask_c, C, SPLITS, BLOCK_C)
+        s_dx, s_d, s_x = _joined_sums(
+            partial_ptr, n, offs_c, mask_c, C, CPG, GROUPS, SPLITS, BLOCK_C
+        )
     mean_d = to_channels(to_groups(a * s_d, in_group), in_group) / (HW * CPG)
     mean_dx = to_channels(to_groups(a * s_dx, in_group), in_group) / (HW * CPG)
     if split == 0:
         at_c = n * C + offs_c
         tl.store(sums_ptr + at_c, s_dx, mask=mask_c)
-        tl.store(sums_ptr + tl.num_programs(1) * C + at_c, s_d, mask=mask_c)
+        tl.store(sums_ptr + images(C // CPG, GROUPS) * C + at_c, s_d, mask=mask_c)
         if HAS_ADD:
             dadd = rstd_c * (a * s_d - HW * mean_d - mean_dx * s_x)
             tl.store(dadd_ptr + at_c, dadd, mask=mask_c)

@@ -18,7 +18,7 @@ LEAST_RANGE = 64
 
 @dataclass(frozen=True)
 class Plan:
-    """Constants of a launch; programs: (channel blocks, N, SPLITS)."""
+    """Constants of a launch; programs: (channel blocks of all N images, SPLITS)."""
 
     CPG: int  # channels a group
     GROUPS: int  # groups a program

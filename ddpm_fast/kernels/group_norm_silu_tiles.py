@@ -8,6 +8,19 @@ import triton.language as tl
 
 
 @triton.jit
+def program(G: tl.constexpr, GROUPS: tl.constexpr):
+    """Block of channels, image and range of a program; images on the grid's only long axis."""
+    BLOCKS: tl.constexpr = (G + GROUPS - 1) // GROUPS
+    pid = tl.program_id(0)
+    return pid % BLOCKS, pid // BLOCKS, tl.program_id(1)
+
+
+@triton.jit
+def images(G: tl.constexpr, GROUPS: tl.constexpr):
+    return tl.num_programs(0) // ((G + GROUPS - 1) // GROUPS)
+
+
+@triton.jit
 def to_groups(per_channel, in_group):
     """(BLOCK_C,) -> sums over each group's channels (GROUPS,); in_group: (BLOCK_C, GROUPS)."""
     return tl.sum(tl.where(in_group, per_channel[:, None], 0.0), axis=0)

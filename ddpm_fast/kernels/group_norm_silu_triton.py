@@ -18,9 +18,11 @@ from ddpm_fast.kernels.group_norm_silu_backward import backward_kernel, sums_ker
 from ddpm_fast.kernels.group_norm_silu_plan import SECTOR_BYTES, make_plan, power_of_two
 from ddpm_fast.kernels.group_norm_silu_tiles import (
     affine,
+    images,
     keep_mask,
     load_input,
     offsets,
+    program,
     range_stats,
     to_channels,
     to_groups,
@@ -37,11 +39,10 @@ def stats_kernel(
     HAS_CONCAT: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_ADD: tl.constexpr,
 ):  # fmt: skip
     """partial (2, N, SPLITS, G): mean and sum of squared distances of each range."""
-    n = tl.program_id(1)
-    split = tl.program_id(2)
     C: tl.constexpr = C1 + C2
     G: tl.constexpr = C // CPG
-    c_start = tl.program_id(0) * GROUPS * CPG
+    block, n, split = program(G, GROUPS)
+    c_start = block * GROUPS * CPG
     lane_c = tl.arange(0, BLOCK_C)
     mask_c = (lane_c < GROUPS * CPG) & (c_start + lane_c < C)
     in_group = (lane_c // CPG)[:, None] == tl.arange(0, BLOCK_G)[None, :]
@@ -54,24 +55,24 @@ def stats_kernel(
         C1, C2, HW, CPG, RANGE, BLOCK_HW, BLOCK_C, NHWC, HAS_CONCAT, HAS_RESIDUAL,
     )  # fmt: skip
     offs_g = tl.arange(0, BLOCK_G)
-    group = tl.program_id(0) * GROUPS + offs_g
+    group = block * GROUPS + offs_g
     mask_g = (offs_g < GROUPS) & (group < G)
     at = (n * SPLITS + split) * G + group
     tl.store(partial_ptr + at, mean, mask=mask_g)
-    tl.store(partial_ptr + tl.num_programs(1) * SPLITS * G + at, m2, mask=mask_g)
+    tl.store(partial_ptr + images(G, GROUPS) * SPLITS * G + at, m2, mask=mask_g)
 
 
 @triton.jit
 def _joined_stats(
     partial_ptr, n, group, mask_g,
-    HW: tl.constexpr, CPG: tl.constexpr, G: tl.constexpr, RANGE: tl.constexpr,
-    SPLITS: tl.constexpr,
+    HW: tl.constexpr, CPG: tl.constexpr, G: tl.constexpr, GROUPS: tl.constexpr,
+    RANGE: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Mean and sum of squared distances of whole groups from stats_kernel's shares."""
     count = 0.0
     mean = tl.zeros(group.shape, tl.float32)
     m2 = tl.zeros(group.shape, tl.float32)
-    half = tl.num_programs(1) * SPLITS * G
+    half = images(G, GROUPS) * SPLITS * G
     for split in range(SPLITS):
         at = (n * SPLITS + split) * G + group
         mean_here = tl.load(partial_ptr + at, mask=mask_g, other=0.0)
@@ -115,17 +116,16 @@ def forward_kernel(
     DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """y (and the stored sum), mean and rstd (N, G) of a block of groups, an image, a range."""
-    n = tl.program_id(1)
-    split = tl.program_id(2)
     C: tl.constexpr = C1 + C2
     G: tl.constexpr = C // CPG
-    c_start = tl.program_id(0) * GROUPS * CPG
+    block, n, split = program(G, GROUPS)
+    c_start = block * GROUPS * CPG
     lane_c = tl.arange(0, BLOCK_C)
     offs_c = c_start + lane_c
     mask_c = (lane_c < GROUPS * CPG) & (offs_c < C)
     in_group = (lane_c // CPG)[:, None] == tl.arange(0, BLOCK_G)[None, :]
     offs_g = tl.arange(0, BLOCK_G)
-    group = tl.program_id(0) * GROUPS + offs_g
+    group = block * GROUPS + offs_g
     mask_g = (offs_g < GROUPS) & (group < G)
     bias_c = tl.zeros((BLOCK_C,), tl.float32)
     if HAS_ADD:
@@ -150,7 +150,7 @@ def forward_kernel(
             C1, C2, HW, CPG, RANGE, BLOCK_HW, BLOCK_C, NHWC, HAS_CONCAT, HAS_RESIDUAL,
         )  # fmt: skip
     else:
-        mean, m2 = _joined_stats(partial_ptr, n, group, mask_g, HW, CPG, G, RANGE, SPLITS)
+        mean, m2 = _joined_stats(partial_ptr, n, group, mask_g, HW, CPG, G, GROUPS, RANGE, SPLITS)
     rstd = 1.0 / tl.sqrt(m2 / (HW * CPG) + eps)
     if split == 0:
         tl.store(mean_ptr + n * G + group, mean, mask=mask_g)
