@@ -374,12 +374,15 @@ _CIFAR10 = [
     ("256x(128+128)x32x32", dict(c1=128, c2=128, hw=1024)),
     ("256x(256+128)x32x32", dict(c1=256, c2=128, hw=1024)),
     ("256x256x16x16 add", dict(c1=256, hw=256, add=True)),
+    ("256x256x16x16 add dropout", dict(c1=256, hw=256, add=True, dropout=0.1)),
     ("256x256x16x16 linear", dict(c1=256, hw=256, activation=None)),
     ("256x(256+256)x16x16", dict(c1=256, c2=256, hw=256)),
     ("256x(256+256)x8x8", dict(c1=256, c2=256, hw=64)),
     ("256x256x8x8 add", dict(c1=256, hw=64, add=True)),
+    ("256x256x8x8 add dropout", dict(c1=256, hw=64, add=True, dropout=0.1)),
     ("256x(256+256)x4x4", dict(c1=256, c2=256, hw=16)),
     ("256x256x4x4 add", dict(c1=256, hw=16, add=True)),
+    ("256x256x4x4 add dropout", dict(c1=256, hw=16, add=True, dropout=0.1)),
     ("256x128x32x32 scale shift", dict(c1=128, hw=1024, scale=True, shift=True)),
 ]
 _SMALL = [

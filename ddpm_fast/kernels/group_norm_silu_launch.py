@@ -30,7 +30,7 @@ def launch_forward(
     c2 = 0 if concat is None else concat.shape[1]
     if y.numel() == 0:
         return y, total, mean, rstd
-    plan = _plan("forward", n, c1 + c2, hw, num_groups, x)
+    plan = _plan("forward", n, c1 + c2, hw, num_groups, x, threshold > 0)
     flags = _flags(plan, c1, c2, hw, memory_format, concat, add)
     options = {"num_warps": plan.num_warps}
     grid = (plan.channel_blocks * n, plan.SPLITS)
@@ -88,7 +88,7 @@ def launch_backward(
     c2 = 0 if concat is None else concat.shape[1]
     if dy.numel() == 0:
         return dx, dconcat, dadd.zero_(), sums.zero_()
-    plan = _plan("backward", n, c1 + c2, hw, num_groups, x)
+    plan = _plan("backward", n, c1 + c2, hw, num_groups, x, threshold > 0)
     flags = _flags(plan, c1, c2, hw, memory_format, concat, add)
     flags |= {
         "SILU": silu, "HAS_SCALE": scale is not None, "HAS_SHIFT": shift is not None,
@@ -129,9 +129,13 @@ def backward_outputs(
     return torch.empty_like(x), dconcat, dadd, sums
 
 
-def _plan(direction: str, n: int, c: int, hw: int, num_groups: int, x: Tensor) -> Plan:
-    arch = arch_of(x.device)
-    return make_plan(direction, n, c, hw, num_groups, itemsize=x.element_size(), arch=arch)
+def _plan(
+    direction: str, n: int, c: int, hw: int, num_groups: int, x: Tensor, dropout: bool
+) -> Plan:
+    return make_plan(
+        direction, n, c, hw, num_groups,
+        itemsize=x.element_size(), arch=arch_of(x.device), dropout=dropout,
+    )  # fmt: skip
 
 
 def _flags(

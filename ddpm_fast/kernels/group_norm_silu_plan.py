@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ddpm_fast.kernels.launch import lookup
@@ -10,6 +11,7 @@ from ddpm_fast.kernels.launch import lookup
 # registers; backward spilled with 32 a thread under 16 warps. Speed: not yet measured.
 TILE = {"forward": 16_384, "backward": 4096}
 WARPS = {"forward": 8, "backward": 8}
+MOST_PER_THREAD = 64
 SECTOR_BYTES = 32
 # Few images: cut positions into ranges until there are two programs for each of 132 SMs.
 PROGRAMS = 264
@@ -36,15 +38,17 @@ class Plan:
 
 
 def make_plan(
-    direction: str, n: int, c: int, hw: int, num_groups: int, *, itemsize: int, arch: int
-) -> Plan:
+    direction: str, n: int, c: int, hw: int, num_groups: int, *, itemsize: int, arch: int,
+    dropout: bool = False,
+) -> Plan:  # fmt: skip
     """The launch of "forward" or "backward" for N images of C channels and HW positions.
 
-    A row of launch_table.json (BLOCK_HW, GROUPS, num_warps) wins over the default.
+    A row of launch_table.json (BLOCK_HW, GROUPS, num_warps) wins over the default where it fits.
     """
     cpg = c // num_groups
-    row = lookup(f"group_norm_silu.{direction}", f"hw{hw} c{c}", arch)
-    if row is not None:
+    shape = shape_class(c, hw, num_groups, itemsize=itemsize, dropout=dropout)
+    row = lookup(f"group_norm_silu.{direction}", shape, arch)
+    if row is not None and _fits(row, cpg, num_groups):
         groups, block_hw, warps = row["GROUPS"], row["BLOCK_HW"], row["num_warps"]
     else:
         groups, block_hw = _default_tile(TILE[direction], cpg, hw, num_groups, itemsize)
@@ -66,9 +70,22 @@ def make_plan(
     )
 
 
+def shape_class(c: int, hw: int, num_groups: int, *, itemsize: int, dropout: bool) -> str:
+    """Of a launch table's row: all that a tile's registers and sectors depend on."""
+    return f"hw{hw} c{c} g{num_groups} {8 * itemsize}bit" + " dropout" * dropout
+
+
 def power_of_two(n: int) -> int:
     """The least power of two that is at least n."""
     return 1 << max(0, n - 1).bit_length()
+
+
+def _fits(row: Mapping[str, int], cpg: int, num_groups: int) -> bool:
+    """Whether a row's tile is of these groups and can be held in registers; rows may be edited."""
+    groups, block_hw, warps = row["GROUPS"], row["BLOCK_HW"], row["num_warps"]
+    whole = all(size == power_of_two(size) for size in (block_hw, warps))
+    tile = block_hw * power_of_two(groups * cpg)
+    return whole and 1 <= groups <= num_groups and tile <= MOST_PER_THREAD * 32 * warps
 
 
 def _default_tile(tile: int, cpg: int, hw: int, num_groups: int, itemsize: int) -> tuple[int, int]:

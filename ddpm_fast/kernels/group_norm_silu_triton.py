@@ -15,7 +15,13 @@ import triton
 import triton.language as tl
 
 from ddpm_fast.kernels.group_norm_silu_backward import backward_kernel, sums_kernel
-from ddpm_fast.kernels.group_norm_silu_plan import SECTOR_BYTES, make_plan, power_of_two
+from ddpm_fast.kernels.group_norm_silu_plan import (
+    MOST_PER_THREAD,
+    SECTOR_BYTES,
+    make_plan,
+    power_of_two,
+    shape_class,
+)
 from ddpm_fast.kernels.group_norm_silu_tiles import (
     affine,
     images,
@@ -234,7 +240,9 @@ def _launch(name: str, n: int, shape: Shape, arch: int) -> Launch:
     kernel = _KERNELS[name]
     direction = "forward" if name in ("stats", "forward") else "backward"
     channels = shape.c1 + shape.c2
-    plan = make_plan(direction, n, channels, shape.hw, 32, itemsize=2, arch=arch)
+    plan = make_plan(
+        direction, n, channels, shape.hw, 32, itemsize=2, arch=arch, dropout=shape.dropout
+    )
     flags = {
         **plan.constexprs(), "BLOCK_G": plan.BLOCK_G, "C1": shape.c1, "C2": shape.c2,
         "HW": shape.hw, "NHWC": True, "SILU": shape.silu, "HAS_CONCAT": shape.c2 > 0,
@@ -256,7 +264,7 @@ def _launch(name: str, n: int, shape: Shape, arch: int) -> Launch:
 
 
 def sweep_candidates(values: Mapping[str, Any], arch: int) -> list[tuple[str, str, dict]]:
-    """Launch numbers worth timing for a Case's values: (kernel, shape class, numbers)."""
+    """Launch numbers worth timing for a Case's values, 16-bit: (kernel, shape class, numbers)."""
     channels, hw = values["c1"] + values.get("c2", 0), values["hw"]
     groups = values.get("groups", 32)
     if make_plan("forward", values["n"], channels, hw, groups, itemsize=2, arch=arch).SPLITS > 1:
@@ -272,10 +280,13 @@ def sweep_candidates(values: Mapping[str, Any], arch: int) -> list[tuple[str, st
             for warps in (4, 8, 16):
                 numbers = {"GROUPS": count, "BLOCK_HW": block_hw, "num_warps": warps}
                 per_thread = block_hw * power_of_two(width) // (32 * warps)
-                if block_hw >= 8 and 8 <= per_thread <= 64 and numbers not in found:
+                within = block_hw >= 8 and 8 <= per_thread <= MOST_PER_THREAD
+                if within and numbers not in found:
                     found.append(numbers)
+    dropout = bool(values.get("dropout"))
+    shape = shape_class(channels, hw, groups, itemsize=2, dropout=dropout)
     return [
-        (f"group_norm_silu.{direction}", f"hw{hw} c{channels}", numbers)
+        (f"group_norm_silu.{direction}", shape, numbers)
         for direction in ("forward", "backward")
         for numbers in found
     ]

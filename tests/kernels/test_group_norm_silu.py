@@ -9,8 +9,9 @@ import torch
 from ddpm_fast import ops
 from ddpm_fast.kernels import group_norm_silu as kernel
 from ddpm_fast.kernels import group_norm_silu_launch as launch
+from ddpm_fast.kernels import launch as table
 from ddpm_fast.kernels import target
-from ddpm_fast.kernels.group_norm_silu_plan import make_plan
+from ddpm_fast.kernels.group_norm_silu_plan import make_plan, shape_class
 from tests.drawn import HealthCheck, assume, given, settings, st
 
 pytest.importorskip("triton")
@@ -302,6 +303,46 @@ def test_few_images_are_split_and_many_are_not():
         return make_plan("forward", n, 128, 1024, 32, itemsize=2, arch=90).SPLITS
 
     assert splits(1) > 8 and splits(4) > 1 and splits(256) == 1
+
+
+def test_a_row_of_the_launch_table_is_one_flavours_and_used_where_it_fits(monkeypatch):
+    shape = dict(c=128, hw=1024, num_groups=32, itemsize=2, dropout=False)
+    row = {"GROUPS": 16, "BLOCK_HW": 128, "num_warps": 4, "evidence": "none"}
+
+    def block_hw(row, **changes):
+        rows = {shape_class(**shape): row}
+        monkeypatch.setattr(table, "_table", lambda: {"group_norm_silu.forward": {"90": rows}})
+        return make_plan("forward", 256, arch=90, **{**shape, **changes}).BLOCK_HW
+
+    def own(**changes):
+        return make_plan("forward", 256, arch=80, **{**shape, **changes}).BLOCK_HW
+
+    assert block_hw(row) == 128 != own()
+    for other in (dict(num_groups=8), dict(itemsize=4), dict(dropout=True), dict(hw=256)):
+        assert block_hw(row, **other) == own(**other) != 128, other
+    for wrong in ({"GROUPS": 64}, {"GROUPS": 0}, {"BLOCK_HW": 100}, {"BLOCK_HW": 256}):
+        assert block_hw({**row, **wrong}) == own(), wrong
+
+
+def test_every_candidate_of_the_sweep_is_the_plan_of_its_own_flavour(monkeypatch):
+    from ddpm_fast.kernels.group_norm_silu_triton import sweep_candidates
+
+    swept = set()
+    for case in SPEC.cases:
+        values, channels = case.values, case.values["c1"] + case.values.get("c2", 0)
+        groups, dropout = values.get("groups", 32), bool(values.get("dropout"))
+        for name, shape, numbers in sweep_candidates(values, 90):
+            swept.add(shape)
+            monkeypatch.setattr(
+                table, "_table", lambda s=shape, n=numbers, k=name: {k: {"90": {s: n}}}
+            )
+            plan = make_plan(
+                name.rpartition(".")[2], values["n"], channels, values["hw"], groups,
+                itemsize=2, arch=90, dropout=dropout,
+            )  # fmt: skip
+            assert (numbers["GROUPS"], numbers["BLOCK_HW"]) == (plan.GROUPS, plan.BLOCK_HW)
+    for shape in ("hw1024 c128", "hw256 c256", "hw64 c256", "hw16 c256"):
+        assert {f"{shape} g32 16bit", f"{shape} g32 16bit dropout"} <= swept
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
