@@ -10,6 +10,7 @@ from ddpm_fast.kernels.group_norm_silu_tiles import (
     load_input,
     offsets,
     program,
+    sigmoid,
     to_channels,
     to_groups,
 )
@@ -39,8 +40,8 @@ def _tile_grads(
     x_hat = tl.where(mask, (value - mean_c[None, :]) * rstd_c[None, :], 0.0)
     if SILU:
         u = x_hat * a[None, :] + b[None, :]
-        sigmoid = tl.sigmoid(u)
-        du *= sigmoid * (1.0 + u * (1.0 - sigmoid))
+        s = sigmoid(u)
+        du *= s * (1.0 + u * (1.0 - s))
     return x_hat, du
 
 

@@ -6,6 +6,32 @@ A tile is (BLOCK_HW, BLOCK_C): positions by channels of whole groups. Imports tr
 import triton
 import triton.language as tl
 
+from ddpm_fast.kernels.impl import interpreting
+
+INTERPRETING = tl.constexpr(interpreting())
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + 2^(-x log2 e)) in four instructions; a caller's result is not to be named sigmoid.
+
+    By the PTX ISA ex2.approx.ftz is within about 2^-22 of its value, relatively, rcp.approx.ftz
+    within 1 ulp; with the roundings of product and sum the result is within (4 + |x|) 2^-23.
+    Both flush what is under 2^-126 to 0: below x = -87.3 the result is 0, beyond 17 it is 1 in
+    fp32 anyway. +inf gives 1, -inf gives 0, NaN stays NaN. tl.sigmoid divides, by 8 more.
+    """
+    if INTERPRETING:
+        return tl.sigmoid(x)
+    else:
+        power = tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * -1.4426950408889634],
+            dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + power],
+            dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+
 
 @triton.jit
 def program(G: tl.constexpr, GROUPS: tl.constexpr):

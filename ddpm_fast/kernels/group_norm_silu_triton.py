@@ -30,6 +30,7 @@ from ddpm_fast.kernels.group_norm_silu_tiles import (
     offsets,
     program,
     range_stats,
+    sigmoid,
     to_channels,
     to_groups,
 )
@@ -101,7 +102,7 @@ def _activate(
     u = (value - mean_c[None, :]) * (rstd_c * a)[None, :] + b[None, :]
     y = u
     if SILU:
-        y = u * tl.sigmoid(u)
+        y = u * sigmoid(u)
     if DROPOUT:
         keep = keep_mask(
             rng_ptr, stream, n, hw_start, c_start, threshold, C, C_STEP, BLOCK_HW, BLOCK_C

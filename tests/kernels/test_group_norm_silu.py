@@ -159,6 +159,17 @@ def test_strided_weight_and_bias_are_read_as_they_are():
     assert torch.equal(y, SPEC.fused(**{**inputs, "weight": inputs["weight"].contiguous()}))
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, of NumPy
+def test_silu_of_extreme_values_is_torchs():
+    values = (1000.0, 90.0, 20.0, 0.0, -20.0, -87.0, -88.5, -1000.0, math.inf, -math.inf, math.nan)
+    bias = torch.tensor([*values, 1e-30, -1e-30, 3e38, -3e38, -0.0], device=DEVICE)
+    x = torch.randn(1, 16, 4, 4, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    y = ops.group_norm_silu(x, torch.zeros_like(bias), bias, 4, impl="fused")
+    expected = torch.nn.functional.silu(bias)[None, :, None, None].expand_as(y)
+    # Flushed to 0 below -87.3, where it is under 2e-36.
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=2e-36, equal_nan=True)
+
+
 def test_output_keeps_the_layout():
     inputs = SPEC.make_inputs(dict(n=2, c1=8, hw=16, groups=2), torch.float32, DEVICE, 0)
     assert SPEC.fused(**inputs).is_contiguous(memory_format=torch.channels_last)
