@@ -22,13 +22,13 @@ def _tile_grads(
     rng_ptr, stream, threshold, keep_scale, n, hw_start, c_start, offs_hw, offs_c, mask,
     C1: tl.constexpr, C2: tl.constexpr, HW: tl.constexpr, C_STEP: tl.constexpr,
     BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr, NHWC: tl.constexpr, SILU: tl.constexpr,
-    HAS_CONCAT: tl.constexpr, DROPOUT: tl.constexpr,
+    HAS_CONCAT: tl.constexpr, HAS_ADD: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """x_hat and dL/du of a tile, both 0 outside the mask."""
     C: tl.constexpr = C1 + C2
     value, _ = load_input(
         x_ptr, concat_ptr, x_ptr, bias_c, n, offs_hw, offs_c, mask,
-        C1, C2, HW, NHWC, HAS_CONCAT, False,
+        C1, C2, HW, NHWC, HAS_CONCAT, False, HAS_ADD,
     )  # fmt: skip
     at = n.to(tl.int64) * HW * C + offsets(offs_hw, offs_c, C, HW, NHWC)
     du = tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
@@ -51,7 +51,7 @@ def _range_sums(
     rng_ptr, stream, threshold, keep_scale, n, c_start, mask_c, hw_begin,
     C1: tl.constexpr, C2: tl.constexpr, HW: tl.constexpr, C_STEP: tl.constexpr,
     RANGE: tl.constexpr, BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr, NHWC: tl.constexpr,
-    SILU: tl.constexpr, HAS_CONCAT: tl.constexpr, DROPOUT: tl.constexpr,
+    SILU: tl.constexpr, HAS_CONCAT: tl.constexpr, HAS_ADD: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """Per channel over a range of positions: sums of du x_hat, du and x_hat."""
     offs_c = c_start + tl.arange(0, BLOCK_C)
@@ -65,7 +65,7 @@ def _range_sums(
         x_hat, du = _tile_grads(
             x_ptr, concat_ptr, bias_c, dy_ptr, mean_c, rstd_c, a, b,
             rng_ptr, stream, threshold, keep_scale, n, start, c_start, offs_hw, offs_c, mask,
-            C1, C2, HW, C_STEP, BLOCK_HW, BLOCK_C, NHWC, SILU, HAS_CONCAT, DROPOUT,
+            C1, C2, HW, C_STEP, BLOCK_HW, BLOCK_C, NHWC, SILU, HAS_CONCAT, HAS_ADD, DROPOUT,
         )  # fmt: skip
         s_dx += tl.sum(du * x_hat, axis=0)
         s_d += tl.sum(du, axis=0)
@@ -118,7 +118,8 @@ def sums_kernel(
     s_dx, s_d, s_x = _range_sums(
         x_ptr, concat_ptr, bias_c, dy_ptr, mean_c, rstd_c, a, b,
         rng_ptr, stream, threshold, keep_scale, n, c_start, mask_c, split * RANGE,
-        C1, C2, HW, GROUPS * CPG, RANGE, BLOCK_HW, BLOCK_C, NHWC, SILU, HAS_CONCAT, DROPOUT,
+        C1, C2, HW, GROUPS * CPG, RANGE, BLOCK_HW, BLOCK_C, NHWC, SILU, HAS_CONCAT, HAS_ADD,
+        DROPOUT,
     )  # fmt: skip
     at = (n * SPLITS + split) * C + offs_c
     third = images(C // CPG, GROUPS) * SPLITS * C
@@ -181,7 +182,7 @@ def backward_kernel(
         x_hat, du = _tile_grads(
             x_ptr, concat_ptr, bias_c, dy_ptr, mean_c, rstd_c, a, b,
             rng_ptr, stream, threshold, keep_scale, n, 0, c_start, offs_hw, offs_c, mask,
-            C1, C2, HW, GROUPS * CPG, BLOCK_HW, BLOCK_C, NHWC, SILU, HAS_CONCAT, DROPOUT,
+            C1, C2, HW, GROUPS * CPG, BLOCK_HW, BLOCK_C, NHWC, SILU, HAS_CONCAT, HAS_ADD, DROPOUT,
         )  # fmt: skip
         s_dx = tl.sum(du * x_hat, axis=0)
         s_d = tl.sum(du, axis=0)
@@ -190,7 +191,8 @@ def backward_kernel(
         s_dx, s_d, s_x = _range_sums(
             x_ptr, concat_ptr, bias_c, dy_ptr, mean_c, rstd_c, a, b,
             rng_ptr, stream, threshold, keep_scale, n, c_start, mask_c, 0,
-            C1, C2, HW, GROUPS * CPG, RANGE, BLOCK_HW, BLOCK_C, NHWC, SILU, HAS_CONCAT, DROPOUT,
+            C1, C2, HW, GROUPS * CPG, RANGE, BLOCK_HW, BLOCK_C, NHWC, SILU, HAS_CONCAT, HAS_ADD,
+            DROPOUT,
         )  # fmt: skip
     else:
         s_dx, s_d, s_x = _joined_sums(
@@ -213,7 +215,8 @@ def backward_kernel(
             x_hat, du = _tile_grads(
                 x_ptr, concat_ptr, bias_c, dy_ptr, mean_c, rstd_c, a, b,
                 rng_ptr, stream, threshold, keep_scale, n, start, c_start, offs_hw, offs_c, mask,
-                C1, C2, HW, GROUPS * CPG, BLOCK_HW, BLOCK_C, NHWC, SILU, HAS_CONCAT, DROPOUT,
+                C1, C2, HW, GROUPS * CPG, BLOCK_HW, BLOCK_C, NHWC, SILU, HAS_CONCAT, HAS_ADD,
+                DROPOUT,
             )  # fmt: skip
         dx = rstd_c[None, :] * (a[None, :] * du - mean_d[None, :] - x_hat * mean_dx[None, :])
         mask_x = mask

@@ -71,7 +71,7 @@ def offsets(offs_hw, offs_c, C: tl.constexpr, HW: tl.constexpr, NHWC: tl.constex
 def load_input(
     x_ptr, concat_ptr, residual_ptr, bias_c, n, offs_hw, offs_c, mask,
     C1: tl.constexpr, C2: tl.constexpr, HW: tl.constexpr, NHWC: tl.constexpr,
-    HAS_CONCAT: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    HAS_CONCAT: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_ADD: tl.constexpr,
 ):  # fmt: skip
     """cat([x + residual, concat]) + add, fp32; and x + residual as it is stored (dtype of x)."""
     start = n.to(tl.int64) * HW
@@ -88,7 +88,9 @@ def load_input(
         at_2 = start * C2 + offsets(offs_hw, offs_c - C1, C2, HW, NHWC)
         mask_2 = mask & (offs_c >= C1)[None, :]
         value += tl.load(concat_ptr + at_2, mask=mask_2, other=0.0).to(tl.float32)
-    return value + bias_c[None, :], x
+    if HAS_ADD:
+        value += bias_c[None, :]
+    return value, x
 
 
 @triton.jit
@@ -133,7 +135,7 @@ def range_stats(
     x_ptr, concat_ptr, residual_ptr, bias_c, n, c_start, mask_c, in_group, hw_begin,
     C1: tl.constexpr, C2: tl.constexpr, HW: tl.constexpr, CPG: tl.constexpr,
     RANGE: tl.constexpr, BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr, NHWC: tl.constexpr,
-    HAS_CONCAT: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    HAS_CONCAT: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_ADD: tl.constexpr,
 ):  # fmt: skip
     """Count, mean and sum of squared distances of each group over a range of positions.
 
@@ -149,7 +151,7 @@ def range_stats(
         mask = (offs_hw < hw_end)[:, None] & mask_c[None, :]
         value, _ = load_input(
             x_ptr, concat_ptr, residual_ptr, bias_c, n, offs_hw, offs_c, mask,
-            C1, C2, HW, NHWC, HAS_CONCAT, HAS_RESIDUAL,
+            C1, C2, HW, NHWC, HAS_CONCAT, HAS_RESIDUAL, HAS_ADD,
         )  # fmt: skip
         here = (tl.minimum(hw_end, start + BLOCK_HW) - start) * CPG * 1.0
         mean_here = to_groups(tl.sum(tl.where(mask, value, 0.0), axis=0), in_group) / here

@@ -59,7 +59,7 @@ def stats_kernel(
         bias_c = tl.load(add_ptr + at_c, mask=mask_c, other=0.0).to(tl.float32)
     _, mean, m2 = range_stats(
         x_ptr, concat_ptr, residual_ptr, bias_c, n, c_start, mask_c, in_group, split * RANGE,
-        C1, C2, HW, CPG, RANGE, BLOCK_HW, BLOCK_C, NHWC, HAS_CONCAT, HAS_RESIDUAL,
+        C1, C2, HW, CPG, RANGE, BLOCK_HW, BLOCK_C, NHWC, HAS_CONCAT, HAS_RESIDUAL, HAS_ADD,
     )  # fmt: skip
     offs_g = tl.arange(0, BLOCK_G)
     group = block * GROUPS + offs_g
@@ -146,7 +146,7 @@ def forward_kernel(
     if ONE_TILE:
         value, total_x = load_input(
             x_ptr, concat_ptr, residual_ptr, bias_c, n, offs_hw, offs_c, mask,
-            C1, C2, HW, NHWC, HAS_CONCAT, HAS_RESIDUAL,
+            C1, C2, HW, NHWC, HAS_CONCAT, HAS_RESIDUAL, HAS_ADD,
         )  # fmt: skip
         mean = to_groups(tl.sum(tl.where(mask, value, 0.0), axis=0), in_group) / (HW * CPG)
         centred = tl.where(mask, value - to_channels(mean, in_group)[None, :], 0.0)
@@ -154,7 +154,7 @@ def forward_kernel(
     elif SPLITS == 1:
         _, mean, m2 = range_stats(
             x_ptr, concat_ptr, residual_ptr, bias_c, n, c_start, mask_c, in_group, 0,
-            C1, C2, HW, CPG, RANGE, BLOCK_HW, BLOCK_C, NHWC, HAS_CONCAT, HAS_RESIDUAL,
+            C1, C2, HW, CPG, RANGE, BLOCK_HW, BLOCK_C, NHWC, HAS_CONCAT, HAS_RESIDUAL, HAS_ADD,
         )  # fmt: skip
     else:
         mean, m2 = _joined_stats(partial_ptr, n, group, mask_g, HW, CPG, G, GROUPS, RANGE, SPLITS)
@@ -174,7 +174,7 @@ def forward_kernel(
             mask = (offs_hw < hw_end)[:, None] & mask_c[None, :]
             value, total_x = load_input(
                 x_ptr, concat_ptr, residual_ptr, bias_c, n, offs_hw, offs_c, mask,
-                C1, C2, HW, NHWC, HAS_CONCAT, HAS_RESIDUAL,
+                C1, C2, HW, NHWC, HAS_CONCAT, HAS_RESIDUAL, HAS_ADD,
             )  # fmt: skip
         y = _activate(
             value, mean_c, rstd_c, a, b, rng_ptr, stream, threshold, keep_scale, n, start, c_start,
