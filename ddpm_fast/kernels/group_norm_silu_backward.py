@@ -5,12 +5,14 @@ import triton.language as tl
 
 from ddpm_fast.kernels.group_norm_silu_tiles import (
     affine,
+    channels_mask,
     images,
     keep_mask,
     load_input,
     offsets,
     program,
     sigmoid,
+    tile_mask,
     to_channels,
     to_groups,
 )
@@ -24,7 +26,7 @@ def _tile_grads(
     BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr, NHWC: tl.constexpr, SILU: tl.constexpr,
     HAS_CONCAT: tl.constexpr, HAS_ADD: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """x_hat and dL/du of a tile, both 0 outside the mask."""
+    """z - mean and dL/du of a tile; outside the mask dL/du is 0 and the other is not."""
     C: tl.constexpr = C1 + C2
     value, _ = load_input(
         x_ptr, concat_ptr, x_ptr, bias_c, n, offs_hw, offs_c, mask,
@@ -37,12 +39,12 @@ def _tile_grads(
             rng_ptr, stream, n, hw_start, c_start, threshold, C, C_STEP, BLOCK_HW, BLOCK_C
         )
         du = tl.where(keep, du * keep_scale, 0.0)
-    x_hat = tl.where(mask, (value - mean_c[None, :]) * rstd_c[None, :], 0.0)
+    centred = value - mean_c[None, :]
     if SILU:
-        u = x_hat * a[None, :] + b[None, :]
+        u = centred * (rstd_c * a)[None, :] + b[None, :]
         s = sigmoid(u)
         du *= s * (1.0 + u * (1.0 - s))
-    return x_hat, du
+    return centred, du
 
 
 @triton.jit
@@ -53,24 +55,28 @@ def _range_sums(
     RANGE: tl.constexpr, BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr, NHWC: tl.constexpr,
     SILU: tl.constexpr, HAS_CONCAT: tl.constexpr, HAS_ADD: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """Per channel over a range of positions: sums of du x_hat, du and x_hat."""
+    """Per channel over a range of positions: sums of du x_hat, du and, with HAS_ADD, x_hat.
+
+    Threads add up what is theirs and meet once, at the end.
+    """
     offs_c = c_start + tl.arange(0, BLOCK_C)
     hw_end = tl.minimum(hw_begin + RANGE, HW)
-    s_dx = tl.zeros((BLOCK_C,), tl.float32)
-    s_d = tl.zeros((BLOCK_C,), tl.float32)
-    s_x = tl.zeros((BLOCK_C,), tl.float32)
+    s_dx = tl.zeros((BLOCK_HW, BLOCK_C), tl.float32)
+    s_d = tl.zeros((BLOCK_HW, BLOCK_C), tl.float32)
+    s_x = tl.zeros((BLOCK_HW, BLOCK_C), tl.float32)
     for start in range(hw_begin, hw_end, BLOCK_HW):
         offs_hw = start + tl.arange(0, BLOCK_HW)
-        mask = (offs_hw < hw_end)[:, None] & mask_c[None, :]
-        x_hat, du = _tile_grads(
+        mask = tile_mask(offs_hw, hw_end, mask_c, HW, RANGE, BLOCK_HW)
+        centred, du = _tile_grads(
             x_ptr, concat_ptr, bias_c, dy_ptr, mean_c, rstd_c, a, b,
             rng_ptr, stream, threshold, keep_scale, n, start, c_start, offs_hw, offs_c, mask,
             C1, C2, HW, C_STEP, BLOCK_HW, BLOCK_C, NHWC, SILU, HAS_CONCAT, HAS_ADD, DROPOUT,
         )  # fmt: skip
-        s_dx += tl.sum(du * x_hat, axis=0)
-        s_d += tl.sum(du, axis=0)
-        s_x += tl.sum(x_hat, axis=0)
-    return s_dx, s_d, s_x
+        s_dx += du * centred
+        s_d += du
+        if HAS_ADD:
+            s_x += tl.where(mask, centred, 0.0)
+    return tl.sum(s_dx, axis=0) * rstd_c, tl.sum(s_d, axis=0), tl.sum(s_x, axis=0) * rstd_c
 
 
 @triton.jit
@@ -110,7 +116,7 @@ def sums_kernel(
     c_start = block * GROUPS * CPG
     lane_c = tl.arange(0, BLOCK_C)
     offs_c = c_start + lane_c
-    mask_c = (lane_c < GROUPS * CPG) & (offs_c < C)
+    mask_c = channels_mask(block, C // CPG, GROUPS, CPG, BLOCK_C)
     bias_c, mean_c, rstd_c, a, b = _load_context(
         add_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, c_start, mask_c,
         C, CPG, BLOCK_C, HAS_ADD, HAS_SCALE, HAS_SHIFT,
@@ -167,7 +173,7 @@ def backward_kernel(
     c_start = block * GROUPS * CPG
     lane_c = tl.arange(0, BLOCK_C)
     offs_c = c_start + lane_c
-    mask_c = (lane_c < GROUPS * CPG) & (offs_c < C)
+    mask_c = channels_mask(block, C // CPG, GROUPS, CPG, BLOCK_C)
     in_group = (lane_c // CPG)[:, None] == tl.arange(0, BLOCK_G)[None, :]
     bias_c, mean_c, rstd_c, a, b = _load_context(
         add_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, c_start, mask_c,
@@ -177,16 +183,18 @@ def backward_kernel(
     hw_end = tl.minimum(hw_begin + RANGE, HW)
     ONE_TILE: tl.constexpr = SPLITS == 1 and BLOCK_HW >= HW
     offs_hw = hw_begin + tl.arange(0, BLOCK_HW)
-    mask = (offs_hw < hw_end)[:, None] & mask_c[None, :]
+    mask = tile_mask(offs_hw, hw_end, mask_c, HW, RANGE, BLOCK_HW)
     if ONE_TILE:
-        x_hat, du = _tile_grads(
+        centred, du = _tile_grads(
             x_ptr, concat_ptr, bias_c, dy_ptr, mean_c, rstd_c, a, b,
             rng_ptr, stream, threshold, keep_scale, n, 0, c_start, offs_hw, offs_c, mask,
             C1, C2, HW, GROUPS * CPG, BLOCK_HW, BLOCK_C, NHWC, SILU, HAS_CONCAT, HAS_ADD, DROPOUT,
         )  # fmt: skip
-        s_dx = tl.sum(du * x_hat, axis=0)
+        s_dx = tl.sum(du * centred, axis=0) * rstd_c
         s_d = tl.sum(du, axis=0)
-        s_x = tl.sum(x_hat, axis=0)
+        s_x = s_d
+        if HAS_ADD:
+            s_x = tl.sum(tl.where(mask, centred, 0.0), axis=0) * rstd_c
     elif SPLITS == 1:
         s_dx, s_d, s_x = _range_sums(
             x_ptr, concat_ptr, bias_c, dy_ptr, mean_c, rstd_c, a, b,
@@ -207,18 +215,19 @@ def backward_kernel(
         if HAS_ADD:
             dadd = rstd_c * (a * s_d - HW * mean_d - mean_dx * s_x)
             tl.store(dadd_ptr + at_c, dadd, mask=mask_c)
+    by_du, by_centred, constant = rstd_c * a, -rstd_c * rstd_c * mean_dx, -rstd_c * mean_d
     image = n.to(tl.int64) * HW
     for start in range(hw_begin, hw_end, BLOCK_HW):
         if not ONE_TILE:
             offs_hw = start + tl.arange(0, BLOCK_HW)
-            mask = (offs_hw < hw_end)[:, None] & mask_c[None, :]
-            x_hat, du = _tile_grads(
+            mask = tile_mask(offs_hw, hw_end, mask_c, HW, RANGE, BLOCK_HW)
+            centred, du = _tile_grads(
                 x_ptr, concat_ptr, bias_c, dy_ptr, mean_c, rstd_c, a, b,
                 rng_ptr, stream, threshold, keep_scale, n, start, c_start, offs_hw, offs_c, mask,
                 C1, C2, HW, GROUPS * CPG, BLOCK_HW, BLOCK_C, NHWC, SILU, HAS_CONCAT, HAS_ADD,
                 DROPOUT,
             )  # fmt: skip
-        dx = rstd_c[None, :] * (a[None, :] * du - mean_d[None, :] - x_hat * mean_dx[None, :])
+        dx = by_du[None, :] * du + (by_centred[None, :] * centred + constant[None, :])
         mask_x = mask
         if HAS_CONCAT:
             mask_x = mask & (offs_c < C1)[None, :]

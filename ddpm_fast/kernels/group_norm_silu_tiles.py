@@ -47,6 +47,30 @@ def images(G: tl.constexpr, GROUPS: tl.constexpr):
 
 
 @triton.jit
+def channels_mask(
+    block, G: tl.constexpr, GROUPS: tl.constexpr, CPG: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """Lanes that are channels of the program's groups; a constant, which vanishes, if all are."""
+    if BLOCK_C == GROUPS * CPG and G % GROUPS == 0:
+        return tl.full((BLOCK_C,), True, tl.int1)
+    else:
+        lane_c = tl.arange(0, BLOCK_C)
+        return (lane_c < GROUPS * CPG) & (block * GROUPS * CPG + lane_c < G * CPG)
+
+
+@triton.jit
+def tile_mask(
+    offs_hw, hw_end, mask_c, HW: tl.constexpr, RANGE: tl.constexpr, BLOCK_HW: tl.constexpr
+):
+    """(BLOCK_HW, BLOCK_C): positions before the range's end, channels of the program."""
+    if HW % RANGE == 0 and RANGE % BLOCK_HW == 0:
+        mask_hw = tl.full((BLOCK_HW,), True, tl.int1)
+    else:
+        mask_hw = offs_hw < hw_end
+    return mask_hw[:, None] & mask_c[None, :]
+
+
+@triton.jit
 def to_groups(per_channel, in_group):
     """(BLOCK_C,) -> sums over each group's channels (GROUPS,); in_group: (BLOCK_C, GROUPS)."""
     return tl.sum(tl.where(in_group, per_channel[:, None], 0.0), axis=0)
@@ -148,7 +172,7 @@ def range_stats(
     m2 = mean
     for start in range(hw_begin, hw_end, BLOCK_HW):
         offs_hw = start + tl.arange(0, BLOCK_HW)
-        mask = (offs_hw < hw_end)[:, None] & mask_c[None, :]
+        mask = tile_mask(offs_hw, hw_end, mask_c, HW, RANGE, BLOCK_HW)
         value, _ = load_input(
             x_ptr, concat_ptr, residual_ptr, bias_c, n, offs_hw, offs_c, mask,
             C1, C2, HW, NHWC, HAS_CONCAT, HAS_RESIDUAL, HAS_ADD,

@@ -24,6 +24,7 @@ from ddpm_fast.kernels.group_norm_silu_plan import (
 )
 from ddpm_fast.kernels.group_norm_silu_tiles import (
     affine,
+    channels_mask,
     images,
     keep_mask,
     load_input,
@@ -31,6 +32,7 @@ from ddpm_fast.kernels.group_norm_silu_tiles import (
     program,
     range_stats,
     sigmoid,
+    tile_mask,
     to_channels,
     to_groups,
 )
@@ -51,7 +53,7 @@ def stats_kernel(
     block, n, split = program(G, GROUPS)
     c_start = block * GROUPS * CPG
     lane_c = tl.arange(0, BLOCK_C)
-    mask_c = (lane_c < GROUPS * CPG) & (c_start + lane_c < C)
+    mask_c = channels_mask(block, G, GROUPS, CPG, BLOCK_C)
     in_group = (lane_c // CPG)[:, None] == tl.arange(0, BLOCK_G)[None, :]
     bias_c = tl.zeros((BLOCK_C,), tl.float32)
     if HAS_ADD:
@@ -129,7 +131,7 @@ def forward_kernel(
     c_start = block * GROUPS * CPG
     lane_c = tl.arange(0, BLOCK_C)
     offs_c = c_start + lane_c
-    mask_c = (lane_c < GROUPS * CPG) & (offs_c < C)
+    mask_c = channels_mask(block, G, GROUPS, CPG, BLOCK_C)
     in_group = (lane_c // CPG)[:, None] == tl.arange(0, BLOCK_G)[None, :]
     offs_g = tl.arange(0, BLOCK_G)
     group = block * GROUPS + offs_g
@@ -142,7 +144,7 @@ def forward_kernel(
     hw_end = tl.minimum(hw_begin + RANGE, HW)
     ONE_TILE: tl.constexpr = SPLITS == 1 and BLOCK_HW >= HW
     offs_hw = hw_begin + tl.arange(0, BLOCK_HW)
-    mask = (offs_hw < hw_end)[:, None] & mask_c[None, :]
+    mask = tile_mask(offs_hw, hw_end, mask_c, HW, RANGE, BLOCK_HW)
     if ONE_TILE:
         value, total_x = load_input(
             x_ptr, concat_ptr, residual_ptr, bias_c, n, offs_hw, offs_c, mask,
@@ -171,7 +173,7 @@ def forward_kernel(
     for start in range(hw_begin, hw_end, BLOCK_HW):
         if not ONE_TILE:
             offs_hw = start + tl.arange(0, BLOCK_HW)
-            mask = (offs_hw < hw_end)[:, None] & mask_c[None, :]
+            mask = tile_mask(offs_hw, hw_end, mask_c, HW, RANGE, BLOCK_HW)
             value, total_x = load_input(
                 x_ptr, concat_ptr, residual_ptr, bias_c, n, offs_hw, offs_c, mask,
                 C1, C2, HW, NHWC, HAS_CONCAT, HAS_RESIDUAL, HAS_ADD,
