@@ -174,7 +174,6 @@ def backward_kernel(
     lane_c = tl.arange(0, BLOCK_C)
     offs_c = c_start + lane_c
     mask_c = channels_mask(block, C // CPG, GROUPS, CPG, BLOCK_C)
-    in_group = (lane_c // CPG)[:, None] == tl.arange(0, BLOCK_G)[None, :]
     bias_c, mean_c, rstd_c, a, b = _load_context(
         add_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, c_start, mask_c,
         C, CPG, BLOCK_C, HAS_ADD, HAS_SCALE, HAS_SHIFT,
@@ -206,8 +205,10 @@ def backward_kernel(
         s_dx, s_d, s_x = _joined_sums(
             partial_ptr, n, offs_c, mask_c, C, CPG, GROUPS, SPLITS, BLOCK_C
         )
-    mean_d = to_channels(to_groups(a * s_d, in_group), in_group) / (HW * CPG)
-    mean_dx = to_channels(to_groups(a * s_dx, in_group), in_group) / (HW * CPG)
+    group_d = to_groups(a * s_d, CPG, BLOCK_C, BLOCK_G) / (HW * CPG)
+    group_dx = to_groups(a * s_dx, CPG, BLOCK_C, BLOCK_G) / (HW * CPG)
+    mean_d = to_channels(group_d, CPG, BLOCK_C, BLOCK_G)
+    mean_dx = to_channels(group_dx, CPG, BLOCK_C, BLOCK_G)
     if split == 0:
         at_c = n * C + offs_c
         tl.store(sums_ptr + at_c, s_dx, mask=mask_c)

@@ -71,15 +71,41 @@ def tile_mask(
 
 
 @triton.jit
-def to_groups(per_channel, in_group):
-    """(BLOCK_C,) -> sums over each group's channels (GROUPS,); in_group: (BLOCK_C, GROUPS)."""
-    return tl.sum(tl.where(in_group, per_channel[:, None], 0.0), axis=0)
+def to_groups(per_channel, CPG: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr):
+    """(BLOCK_C,) -> sums over each group's channels (BLOCK_G,)."""
+    if BLOCK_C == BLOCK_G * CPG:
+        return tl.sum(tl.reshape(per_channel, (BLOCK_G, CPG)), axis=1)
+    else:
+        chosen = tl.where(_in_group(CPG, BLOCK_C, BLOCK_G), per_channel[:, None], 0.0)
+        return tl.sum(chosen, axis=0)
 
 
 @triton.jit
-def to_channels(per_group, in_group):
-    """(GROUPS,) -> each channel's own group's value (BLOCK_C,)."""
-    return tl.sum(tl.where(in_group, per_group[None, :], 0.0), axis=1)
+def to_channels(per_group, CPG: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr):
+    """(BLOCK_G,) -> each channel's own group's value (BLOCK_C,)."""
+    if BLOCK_C == BLOCK_G * CPG:
+        return tl.reshape(tl.broadcast_to(per_group[:, None], (BLOCK_G, CPG)), (BLOCK_C,))
+    else:
+        chosen = tl.where(_in_group(CPG, BLOCK_C, BLOCK_G), per_group[None, :], 0.0)
+        return tl.sum(chosen, axis=1)
+
+
+@triton.jit
+def tile_to_groups(
+    tile, CPG: tl.constexpr, BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr
+):
+    """(BLOCK_HW, BLOCK_C) -> sums over positions and each group's channels (BLOCK_G,)."""
+    if BLOCK_C == BLOCK_G * CPG:  # channels first: a thread holds eight neighbours
+        rows = tl.sum(tl.reshape(tile, (BLOCK_HW, BLOCK_G, CPG)), axis=2)
+        return tl.sum(rows, axis=0)
+    else:
+        return to_groups(tl.sum(tile, axis=0), CPG, BLOCK_C, BLOCK_G)
+
+
+@triton.jit
+def _in_group(CPG: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr):
+    """(BLOCK_C, BLOCK_G): for groups that are no power of two, which a reshape cannot cut."""
+    return (tl.arange(0, BLOCK_C) // CPG)[:, None] == tl.arange(0, BLOCK_G)[None, :]
 
 
 @triton.jit
@@ -156,10 +182,10 @@ def philox_words(seed, counter, stream, sample, step):
 
 @triton.jit
 def range_stats(
-    x_ptr, concat_ptr, residual_ptr, bias_c, n, c_start, mask_c, in_group, hw_begin,
+    x_ptr, concat_ptr, residual_ptr, bias_c, n, c_start, mask_c, hw_begin,
     C1: tl.constexpr, C2: tl.constexpr, HW: tl.constexpr, CPG: tl.constexpr,
-    RANGE: tl.constexpr, BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr, NHWC: tl.constexpr,
-    HAS_CONCAT: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_ADD: tl.constexpr,
+    RANGE: tl.constexpr, BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
+    NHWC: tl.constexpr, HAS_CONCAT: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_ADD: tl.constexpr,
 ):  # fmt: skip
     """Count, mean and sum of squared distances of each group over a range of positions.
 
@@ -168,8 +194,8 @@ def range_stats(
     offs_c = c_start + tl.arange(0, BLOCK_C)
     hw_end = tl.minimum(hw_begin + RANGE, HW)
     count = 0.0
-    mean = to_groups(bias_c * 0.0, in_group)
-    m2 = mean
+    mean = tl.zeros((BLOCK_G,), tl.float32)
+    m2 = tl.zeros((BLOCK_G,), tl.float32)
     for start in range(hw_begin, hw_end, BLOCK_HW):
         offs_hw = start + tl.arange(0, BLOCK_HW)
         mask = tile_mask(offs_hw, hw_end, mask_c, HW, RANGE, BLOCK_HW)
@@ -178,9 +204,11 @@ def range_stats(
             C1, C2, HW, NHWC, HAS_CONCAT, HAS_RESIDUAL, HAS_ADD,
         )  # fmt: skip
         here = (tl.minimum(hw_end, start + BLOCK_HW) - start) * CPG * 1.0
-        mean_here = to_groups(tl.sum(tl.where(mask, value, 0.0), axis=0), in_group) / here
-        centred = tl.where(mask, value - to_channels(mean_here, in_group)[None, :], 0.0)
-        m2_here = to_groups(tl.sum(centred * centred, axis=0), in_group)
+        sums = tile_to_groups(tl.where(mask, value, 0.0), CPG, BLOCK_HW, BLOCK_C, BLOCK_G)
+        mean_here = sums / here
+        mean_c = to_channels(mean_here, CPG, BLOCK_C, BLOCK_G)
+        centred = tl.where(mask, value - mean_c[None, :], 0.0)
+        m2_here = tile_to_groups(centred * centred, CPG, BLOCK_HW, BLOCK_C, BLOCK_G)
         delta = mean_here - mean
         total = count + here
         mean += delta * (here / total)

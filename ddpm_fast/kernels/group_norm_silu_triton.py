@@ -33,8 +33,8 @@ from ddpm_fast.kernels.group_norm_silu_tiles import (
     range_stats,
     sigmoid,
     tile_mask,
+    tile_to_groups,
     to_channels,
-    to_groups,
 )
 from ddpm_fast.kernels.spec import Budget, Launch
 
@@ -54,14 +54,13 @@ def stats_kernel(
     c_start = block * GROUPS * CPG
     lane_c = tl.arange(0, BLOCK_C)
     mask_c = channels_mask(block, G, GROUPS, CPG, BLOCK_C)
-    in_group = (lane_c // CPG)[:, None] == tl.arange(0, BLOCK_G)[None, :]
     bias_c = tl.zeros((BLOCK_C,), tl.float32)
     if HAS_ADD:
         at_c = n.to(tl.int64) * C + c_start + lane_c
         bias_c = tl.load(add_ptr + at_c, mask=mask_c, other=0.0).to(tl.float32)
     _, mean, m2 = range_stats(
-        x_ptr, concat_ptr, residual_ptr, bias_c, n, c_start, mask_c, in_group, split * RANGE,
-        C1, C2, HW, CPG, RANGE, BLOCK_HW, BLOCK_C, NHWC, HAS_CONCAT, HAS_RESIDUAL, HAS_ADD,
+        x_ptr, concat_ptr, residual_ptr, bias_c, n, c_start, mask_c, split * RANGE, C1, C2,
+        HW, CPG, RANGE, BLOCK_HW, BLOCK_C, BLOCK_G, NHWC, HAS_CONCAT, HAS_RESIDUAL, HAS_ADD,
     )  # fmt: skip
     offs_g = tl.arange(0, BLOCK_G)
     group = block * GROUPS + offs_g
@@ -97,11 +96,11 @@ def _joined_stats(
 
 @triton.jit
 def _activate(
-    value, mean_c, rstd_c, a, b, rng_ptr, stream, threshold, keep_scale, n, hw_start, c_start,
+    centred, factor, b, rng_ptr, stream, threshold, keep_scale, n, hw_start, c_start,
     C: tl.constexpr, C_STEP: tl.constexpr, BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr,
     SILU: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    u = (value - mean_c[None, :]) * (rstd_c * a)[None, :] + b[None, :]
+    u = centred * factor[None, :] + b[None, :]
     y = u
     if SILU:
         y = u * sigmoid(u)
@@ -132,7 +131,6 @@ def forward_kernel(
     lane_c = tl.arange(0, BLOCK_C)
     offs_c = c_start + lane_c
     mask_c = channels_mask(block, G, GROUPS, CPG, BLOCK_C)
-    in_group = (lane_c // CPG)[:, None] == tl.arange(0, BLOCK_G)[None, :]
     offs_g = tl.arange(0, BLOCK_G)
     group = block * GROUPS + offs_g
     mask_g = (offs_g < GROUPS) & (group < G)
@@ -150,13 +148,15 @@ def forward_kernel(
             x_ptr, concat_ptr, residual_ptr, bias_c, n, offs_hw, offs_c, mask,
             C1, C2, HW, NHWC, HAS_CONCAT, HAS_RESIDUAL, HAS_ADD,
         )  # fmt: skip
-        mean = to_groups(tl.sum(tl.where(mask, value, 0.0), axis=0), in_group) / (HW * CPG)
-        centred = tl.where(mask, value - to_channels(mean, in_group)[None, :], 0.0)
-        m2 = to_groups(tl.sum(centred * centred, axis=0), in_group)
+        sums = tile_to_groups(tl.where(mask, value, 0.0), CPG, BLOCK_HW, BLOCK_C, BLOCK_G)
+        mean = sums / (HW * CPG)
+        mean_c = to_channels(mean, CPG, BLOCK_C, BLOCK_G)
+        centred = tl.where(mask, value - mean_c[None, :], 0.0)
+        m2 = tile_to_groups(centred * centred, CPG, BLOCK_HW, BLOCK_C, BLOCK_G)
     elif SPLITS == 1:
         _, mean, m2 = range_stats(
-            x_ptr, concat_ptr, residual_ptr, bias_c, n, c_start, mask_c, in_group, 0,
-            C1, C2, HW, CPG, RANGE, BLOCK_HW, BLOCK_C, NHWC, HAS_CONCAT, HAS_RESIDUAL, HAS_ADD,
+            x_ptr, concat_ptr, residual_ptr, bias_c, n, c_start, mask_c, 0, C1, C2,
+            HW, CPG, RANGE, BLOCK_HW, BLOCK_C, BLOCK_G, NHWC, HAS_CONCAT, HAS_RESIDUAL, HAS_ADD,
         )  # fmt: skip
     else:
         mean, m2 = _joined_stats(partial_ptr, n, group, mask_g, HW, CPG, G, GROUPS, RANGE, SPLITS)
@@ -164,8 +164,7 @@ def forward_kernel(
     if split == 0:
         tl.store(mean_ptr + n * G + group, mean, mask=mask_g)
         tl.store(rstd_ptr + n * G + group, rstd, mask=mask_g)
-    mean_c = to_channels(mean, in_group)
-    rstd_c = to_channels(rstd, in_group)
+    rstd_c = to_channels(rstd, CPG, BLOCK_C, BLOCK_G)
     a, b = affine(
         weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, offs_c, mask_c, C, HAS_SCALE, HAS_SHIFT
     )
@@ -178,8 +177,9 @@ def forward_kernel(
                 x_ptr, concat_ptr, residual_ptr, bias_c, n, offs_hw, offs_c, mask,
                 C1, C2, HW, NHWC, HAS_CONCAT, HAS_RESIDUAL, HAS_ADD,
             )  # fmt: skip
+            centred = value - to_channels(mean, CPG, BLOCK_C, BLOCK_G)[None, :]
         y = _activate(
-            value, mean_c, rstd_c, a, b, rng_ptr, stream, threshold, keep_scale, n, start, c_start,
+            centred, rstd_c * a, b, rng_ptr, stream, threshold, keep_scale, n, start, c_start,
             C, GROUPS * CPG, BLOCK_HW, BLOCK_C, SILU, DROPOUT,
         )  # fmt: skip
         at = image * C + offsets(offs_hw, offs_c, C, HW, NHWC)
