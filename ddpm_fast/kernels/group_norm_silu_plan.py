@@ -11,6 +11,10 @@ from ddpm_fast.kernels.launch import lookup
 # registers; backward spilled with 32 a thread under 16 warps. Speed: not yet measured.
 TILE = {"forward": 16_384, "backward": 4096}
 WARPS = {"forward": 8, "backward": 8}
+# The widest a tile that is read twice may be, best first. What two programs on each of 132 SMs read
+# again has to be in L2 (50 MB): backward, x and dy of 1024 bf16 positions are 35 MB by 32 channels,
+# 69 MB by 64. Speed: not yet measured.
+CHANNELS_READ_AGAIN = {"forward": (64,), "backward": (32, 64)}
 MOST_PER_THREAD = 64
 SECTOR_BYTES = 32
 # Few images: cut positions into ranges until there are two programs for each of 132 SMs.
@@ -51,7 +55,7 @@ def make_plan(
     if row is not None and _fits(row, cpg, num_groups):
         groups, block_hw, warps = row["GROUPS"], row["BLOCK_HW"], row["num_warps"]
     else:
-        groups, block_hw = _default_tile(TILE[direction], cpg, hw, num_groups, itemsize)
+        groups, block_hw = _default_tile(direction, cpg, hw, num_groups, itemsize)
         warps = WARPS[direction]
     blocks = -(-num_groups // groups)
     splits, span = _splits(n * blocks, hw, block_hw)
@@ -88,14 +92,19 @@ def _fits(row: Mapping[str, int], cpg: int, num_groups: int) -> bool:
     return whole and 1 <= groups <= num_groups and tile <= MOST_PER_THREAD * 32 * warps
 
 
-def _default_tile(tile: int, cpg: int, hw: int, num_groups: int, itemsize: int) -> tuple[int, int]:
+def _default_tile(
+    direction: str, cpg: int, hw: int, num_groups: int, itemsize: int
+) -> tuple[int, int]:
     """Groups and positions of a tile: all positions if that leaves whole sectors a row."""
-    rows = power_of_two(hw)
+    tile, rows = TILE[direction], power_of_two(hw)
     groups = tile // rows // power_of_two(cpg)
     if groups and (groups * cpg * itemsize) % SECTOR_BYTES == 0 or groups >= num_groups:
         return min(groups, num_groups), rows
     # Too wide a group, or rows that share sectors: a narrower tile, read again from L2.
-    groups = min(num_groups, power_of_two(64 // cpg + 1) // 2) if cpg <= 64 else 1
+    for width in CHANNELS_READ_AGAIN[direction]:
+        groups = max(1, min(num_groups, power_of_two(width // cpg + 1) // 2))
+        if (groups * cpg * itemsize) % SECTOR_BYTES == 0:
+            break
     return groups, max(1, min(rows, tile // power_of_two(groups * cpg)))
 
 

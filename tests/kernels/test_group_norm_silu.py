@@ -356,6 +356,15 @@ def test_every_candidate_of_the_sweep_is_the_plan_of_its_own_flavour(monkeypatch
         assert {f"{shape} g32 16bit", f"{shape} g32 16bit dropout"} <= swept
 
 
+@pytest.mark.parametrize("channels", [128, 256])
+def test_what_the_backward_pass_reads_twice_stays_in_an_h200s_cache(channels):
+    plan = make_plan("backward", 256, channels, 1024, 32, itemsize=2, arch=90)
+    assert plan.BLOCK_HW < 1024  # else nothing is read twice
+    resident_bytes = 2 * 132 * 1024 * plan.GROUPS * plan.CPG * 2 * 2  # x and dy, two programs an SM
+    assert resident_bytes < 50e6
+    assert plan.GROUPS * plan.CPG * 2 % 32 == 0  # whole sectors
+
+
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_every_plan_covers_every_channel_and_position_once(direction):
     for n in (1, 3, 256):
