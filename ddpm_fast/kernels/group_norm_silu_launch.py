@@ -32,7 +32,7 @@ def launch_forward(
         return y, total, mean, rstd
     plan = _plan("forward", n, c1 + c2, hw, num_groups, x, threshold > 0)
     flags = _flags(plan, c1, c2, hw, memory_format, concat, add)
-    options = {"num_warps": plan.num_warps}
+    options = {"num_warps": plan.num_warps, "maxnreg": plan.max_registers}
     grid = (plan.channel_blocks * n, plan.SPLITS)
     partial = x
     with on_device_of(x):
@@ -92,7 +92,7 @@ def launch_backward(
     flags = _flags(plan, c1, c2, hw, memory_format, concat, add)
     flags |= {
         "SILU": silu, "HAS_SCALE": scale is not None, "HAS_SHIFT": shift is not None,
-        "DROPOUT": threshold > 0, "num_warps": plan.num_warps,
+        "DROPOUT": threshold > 0, "num_warps": plan.num_warps, "maxnreg": plan.max_registers,
     }  # fmt: skip
     grid = (plan.channel_blocks * n, plan.SPLITS)
     partial, keep_scale, stream = x, dropout_kernel.scale_of(threshold), _as_int32(stream)

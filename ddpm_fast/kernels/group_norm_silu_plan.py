@@ -15,6 +15,9 @@ WARPS = {"forward": 8, "backward": 8}
 # again has to be in L2 (50 MB): backward, x and dy of 1024 bf16 positions are 35 MB by 32 channels,
 # 69 MB by 64. Speed: not yet measured.
 CHANNELS_READ_AGAIN = {"forward": (64,), "backward": (32, 64)}
+# Two programs of 8 warps an SM. Triton 3.6 took up to 163 (backward with dropout), which leaves
+# one, and spills nothing under this on sm_80, 90 and 100. Speed: not yet measured.
+REGISTERS_READ_AGAIN = 128
 MOST_PER_THREAD = 64
 SECTOR_BYTES = 32
 # Few images: cut positions into ranges until there are two programs for each of 132 SMs.
@@ -35,6 +38,7 @@ class Plan:
     SPLITS: int
     num_warps: int
     channel_blocks: int
+    max_registers: int | None  # a thread; None: the compiler's choice
 
     def constexprs(self) -> dict[str, int]:
         names = ("CPG", "GROUPS", "RANGE", "SPLITS", "BLOCK_HW", "BLOCK_C")
@@ -71,6 +75,7 @@ def make_plan(
         SPLITS=splits,
         num_warps=max(1, min(warps, tile // 512)),
         channel_blocks=blocks,
+        max_registers=REGISTERS_READ_AGAIN if splits == 1 and block_hw < hw else None,
     )
 
 

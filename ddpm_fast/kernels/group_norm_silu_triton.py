@@ -261,6 +261,7 @@ def _launch(name: str, n: int, shape: Shape, arch: int) -> Launch:
         types={arg: _TYPES.get(arg, "*bf16") for arg in kernel.arg_names if arg not in flags},
         constexprs={arg: value for arg, value in flags.items() if arg in kernel.arg_names},
         num_warps=plan.num_warps,
+        max_registers=plan.max_registers,
         elements=plan.BLOCK_HW * plan.BLOCK_C,
         budget=Budget(registers=registers, instructions=instructions),
     )

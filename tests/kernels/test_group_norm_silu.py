@@ -9,8 +9,8 @@ import torch
 from ddpm_fast import ops
 from ddpm_fast.kernels import group_norm_silu as kernel
 from ddpm_fast.kernels import group_norm_silu_launch as launch
+from ddpm_fast.kernels import group_norm_silu_plan, target
 from ddpm_fast.kernels import launch as table
-from ddpm_fast.kernels import target
 from ddpm_fast.kernels.group_norm_silu_plan import make_plan, shape_class
 from tests.drawn import HealthCheck, assume, given, settings, st
 
@@ -101,6 +101,22 @@ def test_each_flag_alone(flag, activation):
     ids=str,
 )
 def test_odd_and_extreme_shapes(values):
+    check(values, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        dict(n=1, c1=36, c2=12, hw=900, groups=4, add=True, dropout=0.25),  # 12 channels a group
+        dict(n=1, c1=32, hw=1024, groups=8, add=True),
+    ],
+    ids=str,
+)
+def test_a_program_that_reads_its_positions_tile_by_tile(values, monkeypatch):
+    monkeypatch.setattr(group_norm_silu_plan, "PROGRAMS", 1)  # as with many images: no splits
+    channels = values["c1"] + values.get("c2", 0)
+    plan = make_plan("backward", 1, channels, values["hw"], values["groups"], itemsize=4, arch=90)
+    assert plan.SPLITS == 1 and values["hw"] > plan.BLOCK_HW and plan.max_registers == 128
     check(values, torch.float32)
 
 
