@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from ddpm_fast.kernels.launch import lookup
 
 # Elements of a tile, and warps. Triton 3.6, sm_90: forward 64 elements a thread take at most 128
-# registers; backward spilled with 32 a thread under 16 warps. Speed: not yet measured.
+# registers; backward 32 a thread take 113 to 168 (16 a thread: 30 % more instructions an element)
+# but spill in tiles that are read twice. Speed: not yet measured.
 TILE = {"forward": 16_384, "backward": 4096}
-WARPS = {"forward": 8, "backward": 8}
+WARPS = {"forward": 8, "backward": 4}
+WARPS_READ_AGAIN = 8
 # The widest a tile that is read twice may be, best first. What two programs on each of 132 SMs read
 # again has to be in L2 (50 MB): backward, x and dy of 1024 bf16 positions are 35 MB by 32 channels,
 # 69 MB by 64. Speed: not yet measured.
@@ -60,7 +62,7 @@ def make_plan(
         groups, block_hw, warps = row["GROUPS"], row["BLOCK_HW"], row["num_warps"]
     else:
         groups, block_hw = _default_tile(direction, cpg, hw, num_groups, itemsize)
-        warps = WARPS[direction]
+        warps = WARPS[direction] if block_hw >= hw else WARPS_READ_AGAIN
     blocks = -(-num_groups // groups)
     splits, span = _splits(n * blocks, hw, block_hw)
     block_hw = min(block_hw, power_of_two(span))
