@@ -32,7 +32,6 @@ def launch_forward(
         return y, total, mean, rstd
     plan = _plan("forward", n, c1 + c2, hw, num_groups, x, threshold > 0)
     flags = _flags(plan, c1, c2, hw, memory_format, concat, add)
-    options = {"num_warps": plan.num_warps, "maxnreg": plan.max_registers}
     grid = (plan.channel_blocks * n, plan.SPLITS)
     partial = x
     with on_device_of(x):
@@ -40,7 +39,7 @@ def launch_forward(
             partial = torch.empty(2, n, plan.SPLITS, num_groups, device=x.device)
             kernels.stats_kernel[grid](
                 x, _or(concat, x), _or(residual, x), _or(add, x), partial,
-                **flags, BLOCK_G=plan.BLOCK_G, HAS_RESIDUAL=residual is not None, **options,
+                **flags, BLOCK_G=plan.BLOCK_G, HAS_RESIDUAL=residual is not None,
             )  # fmt: skip
         kernels.forward_kernel[grid](
             x, _or(concat, x), _or(residual, x), _or(add, x), weight, bias, _or(scale, x),
@@ -48,7 +47,6 @@ def launch_forward(
             dropout_kernel.scale_of(threshold), threshold, _as_int32(stream),
             **flags, BLOCK_G=plan.BLOCK_G, SILU=silu, HAS_RESIDUAL=residual is not None,
             HAS_SCALE=scale is not None, HAS_SHIFT=shift is not None, DROPOUT=threshold > 0,
-            **options,
         )  # fmt: skip
     return y, total, mean, rstd
 
@@ -92,7 +90,7 @@ def launch_backward(
     flags = _flags(plan, c1, c2, hw, memory_format, concat, add)
     flags |= {
         "SILU": silu, "HAS_SCALE": scale is not None, "HAS_SHIFT": shift is not None,
-        "DROPOUT": threshold > 0, "num_warps": plan.num_warps, "maxnreg": plan.max_registers,
+        "DROPOUT": threshold > 0,
     }  # fmt: skip
     grid = (plan.channel_blocks * n, plan.SPLITS)
     partial, keep_scale, stream = x, dropout_kernel.scale_of(threshold), _as_int32(stream)
@@ -142,10 +140,11 @@ def _flags(
     plan: Plan, c1: int, c2: int, hw: int, memory_format: torch.memory_format, concat: Optional,
     add: Optional,
 ) -> dict:  # fmt: skip
+    nhwc = memory_format == torch.channels_last
     return {
-        **plan.constexprs(), "C1": c1, "C2": c2, "HW": hw,
-        "NHWC": memory_format == torch.channels_last,
+        **plan.constexprs(), "C1": c1, "C2": c2, "HW": hw, "NHWC": nhwc,
         "HAS_CONCAT": concat is not None, "HAS_ADD": add is not None,
+        "num_warps": plan.num_warps, "maxnreg": plan.max_registers if nhwc else None,
     }  # fmt: skip
 
 

@@ -18,7 +18,8 @@ WARPS_READ_AGAIN = 8
 # 69 MB by 64. Speed: not yet measured.
 CHANNELS_READ_AGAIN = {"forward": (64,), "backward": (32, 64)}
 # Two programs of 8 warps an SM. Triton 3.6 took up to 163 (backward with dropout), which leaves
-# one, and spills nothing under this on sm_80, 90 and 100. Speed: not yet measured.
+# one, and spills nothing under this on sm_80, 90 and 100 in 16 bits and channels_last; fp32 and
+# NCHW would spill. Speed: not yet measured.
 REGISTERS_READ_AGAIN = 128
 MOST_PER_THREAD = 64
 SECTOR_BYTES = 32
@@ -40,7 +41,7 @@ class Plan:
     SPLITS: int
     num_warps: int
     channel_blocks: int
-    max_registers: int | None  # a thread; None: the compiler's choice
+    max_registers: int | None  # a thread, if channels_last; None: the compiler's choice
 
     def constexprs(self) -> dict[str, int]:
         names = ("CPG", "GROUPS", "RANGE", "SPLITS", "BLOCK_HW", "BLOCK_C")
@@ -67,6 +68,7 @@ def make_plan(
     splits, span = _splits(n * blocks, hw, block_hw)
     block_hw = min(block_hw, power_of_two(span))
     tile = block_hw * power_of_two(groups * cpg)
+    held = splits == 1 and block_hw < hw and itemsize == 2
     return Plan(
         CPG=cpg,
         GROUPS=groups,
@@ -77,7 +79,7 @@ def make_plan(
         SPLITS=splits,
         num_warps=max(1, min(warps, tile // 512)),
         channel_blocks=blocks,
-        max_registers=REGISTERS_READ_AGAIN if splits == 1 and block_hw < hw else None,
+        max_registers=REGISTERS_READ_AGAIN if held else None,
     )
 
 

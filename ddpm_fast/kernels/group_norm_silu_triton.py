@@ -208,19 +208,19 @@ class Shape(NamedTuple):
 
 
 SHAPES = (
-    Shape(128, 0, 1024, False, True, False, (128, 30), (121, 95)),
-    Shape(128, 0, 1024, True, True, True, (128, 46), (172, 132)),
-    Shape(128, 128, 1024, False, True, False, (128, 33), (128, 97)),
-    Shape(256, 128, 1024, False, True, False, (128, 42), (128, 97)),
-    Shape(128, 0, 256, False, True, False, (128, 31), (102, 61)),
-    Shape(256, 0, 256, True, True, True, (128, 45), (115, 83)),
-    Shape(256, 0, 256, False, False, False, (121, 16), (95, 41)),
-    Shape(256, 128, 256, False, True, False, (118, 33), (128, 97)),
-    Shape(256, 256, 256, False, True, False, (128, 33), (97, 61)),
-    Shape(256, 256, 64, False, True, False, (133, 40), (109, 64)),
-    Shape(256, 0, 64, True, True, True, (138, 62), (119, 80)),
-    Shape(256, 256, 16, False, True, False, (102, 78), (150, 95)),
-    Shape(256, 0, 16, True, True, True, (63, 128), (170, 145)),
+    Shape(128, 0, 1024, False, True, False, (105, 16), (126, 58)),
+    Shape(128, 0, 1024, True, True, True, (128, 33), (128, 99)),
+    Shape(128, 128, 1024, False, True, False, (115, 19), (127, 64)),
+    Shape(256, 128, 1024, False, True, False, (128, 30), (127, 79)),
+    Shape(128, 0, 256, False, True, False, (107, 15), (127, 30)),
+    Shape(256, 0, 256, True, True, True, (128, 32), (128, 49)),
+    Shape(256, 0, 256, False, False, False, (127, 9), (121, 19)),
+    Shape(256, 128, 256, False, True, False, (113, 24), (127, 79)),
+    Shape(256, 256, 256, False, True, False, (118, 19), (128, 35)),
+    Shape(256, 256, 64, False, True, False, (108, 20), (128, 34)),
+    Shape(256, 0, 64, True, True, True, (128, 33), (128, 47)),
+    Shape(256, 256, 16, False, True, False, (74, 22), (172, 36)),
+    Shape(256, 0, 16, True, True, True, (52, 39), (172, 50)),
 )
 
 

@@ -116,8 +116,18 @@ def test_a_program_that_reads_its_positions_tile_by_tile(values, monkeypatch):
     monkeypatch.setattr(group_norm_silu_plan, "PROGRAMS", 1)  # as with many images: no splits
     channels = values["c1"] + values.get("c2", 0)
     plan = make_plan("backward", 1, channels, values["hw"], values["groups"], itemsize=4, arch=90)
-    assert plan.SPLITS == 1 and values["hw"] > plan.BLOCK_HW and plan.max_registers == 128
-    check(values, torch.float32)
+    assert plan.SPLITS == 1 and values["hw"] > plan.BLOCK_HW
+    for dtype in (torch.float32, torch.bfloat16):
+        check(values, dtype)
+
+
+@pytest.mark.parametrize(
+    ("direction", "itemsize", "registers"),
+    [("backward", 2, 128), ("backward", 4, None), ("forward", 2, None)],
+)
+def test_registers_are_held_down_where_a_tile_is_read_twice(direction, itemsize, registers):
+    plan = make_plan(direction, 256, 128, 1024, 32, itemsize=itemsize, arch=90)
+    assert plan.max_registers == registers
 
 
 @settings(
