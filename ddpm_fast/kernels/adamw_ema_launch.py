@@ -12,6 +12,8 @@ from torch import Tensor
 
 from ddpm_fast.kernels.target import arch_of, on_device_of
 
+SPARE_ROWS = 2  # captures with no step of their own between them
+
 
 class Numbers(NamedTuple):
     """A parameter group's, in the order of the table's columns."""
@@ -53,8 +55,9 @@ class Tables:
         self.partials = torch.zeros(len(chunks), device=device)
         self.coefficients = torch.zeros(len(sizes), kernels.COEFFICIENTS.value, device=device)
         self._rows_now: list[list[int]] = []
-        # A graph copies its own rows to the device at each replay, from memory that is kept.
-        self._spare = self._host_rows()
+        # A graph copies its own rows to the device at each replay, from memory that is kept. It
+        # cannot be pinned during a capture, so some lies ready.
+        self._spare = [self._host_rows() for _ in range(SPARE_ROWS)]
         self._captured: list[Tensor] = []
 
     def point(
@@ -70,13 +73,14 @@ class Tables:
             for a, size, group in zip(addresses, self.sizes, numbers, strict=True)
         ]
         if capturing:
-            host = self._spare if self._spare is not None else self._host_rows()
-            self._spare = None
+            host = self._spare.pop() if self._spare else self._host_rows()
             self._captured.append(host)
-        elif rows != self._rows_now or self._captured:  # a graph's replay has changed them
-            host = self._host_rows()
         else:
-            return
+            while len(self._spare) < SPARE_ROWS:
+                self._spare.append(self._host_rows())
+            if rows == self._rows_now and not self._captured:  # a graph's replay changes them
+                return
+            host = self._host_rows()
         host.copy_(torch.tensor(rows, dtype=torch.int64).reshape(host.shape))
         self.rows.copy_(host, non_blocking=True)
         self._rows_now = rows

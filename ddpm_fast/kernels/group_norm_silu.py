@@ -103,7 +103,9 @@ def group_norm_silu(
     add          (N, C)         added before the norm, per image and channel; the sum is not stored
     residual     (N, C1, H, W)  like x: then also x + residual is returned
     concat       (N, C2, H, W)  like x, not joined in memory
-    dropout      0 <= p < 1;    rng  (3,) int64 [seed, step, first_index];  stream  the layer's
+    dropout      0 <= p < 1
+    rng          (3,) int64     contiguous: seed, step, first_index
+    stream       the layer's, 0 <= stream < 2**32
     impl         "auto" (Triton on CUDA, reference elsewhere), "fused", "reference"
     returns      y (N, C, H, W) of x's dtype and layout; (y, x + residual) with a residual
     raises       ValueError     a shape, dtype, device or value outside its rule
@@ -118,7 +120,8 @@ def group_norm_silu(
             t.to(dtype) if t is not None and t.dtype == torch.float32 else t
             for t in (x, residual, concat)
         )
-    _check(x, weight, bias, num_groups, activation, dropout, rng)
+    _check(x, weight, bias, num_groups, activation)
+    _check_dropout(x, dropout, rng, stream)
     _check_optional(x, weight.shape[0], scale, shift, add, residual, concat)
     threshold = dropout_kernel.threshold_of(dropout)
     if not runs_fused(impl, x):
@@ -158,9 +161,8 @@ def runs_fused(impl: str, x: Tensor) -> bool:
 
 
 def _check(
-    x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, activation: str | None,
-    dropout: float, rng: Optional,
-) -> None:  # fmt: skip
+    x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, activation: str | None
+) -> None:
     if x.ndim != 4:
         raise ValueError(f"x has shape {tuple(x.shape)}, must be (N, C, H, W)")
     if not x.is_floating_point():
@@ -172,14 +174,25 @@ def _check(
         raise ValueError(f"num_groups={num_groups} must divide channels={weight.shape[0]}")
     if activation not in ("silu", None):
         raise ValueError(f"activation={activation!r} must be 'silu' or None")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout={dropout} must be in [0, 1)")
-    if dropout and (rng is None or rng.dtype != torch.int64 or rng.shape != (3,)):
-        given = "None" if rng is None else f"{rng.dtype} {tuple(rng.shape)}"
-        raise ValueError(f"rng is {given}, dropout needs int64 (3,): [seed, step, first_index]")
-    for name, tensor in (("weight", weight), ("bias", bias), ("rng", rng)):
-        if tensor is not None and tensor.device != x.device:
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}, must be on x's device {x.device}")
+
+
+def _check_dropout(x: Tensor, p: float, rng: Optional, stream: int) -> None:
+    if not 0 <= p < 1:
+        raise ValueError(f"dropout={p} must be in [0, 1)")
+    if not 0 <= stream < 2**32:
+        raise ValueError(f"stream={stream} must satisfy 0 <= stream < 2**32")
+    if p and (
+        rng is None or rng.dtype != torch.int64 or rng.shape != (3,) or not rng.is_contiguous()
+    ):
+        given = "None" if rng is None else f"{rng.dtype} {tuple(rng.shape)}, strides {rng.stride()}"
+        raise ValueError(
+            f"rng is {given}, dropout needs int64 (3,), contiguous: [seed, step, first_index]"
+        )
+    if rng is not None and rng.device != x.device:
+        raise ValueError(f"rng is on {rng.device}, must be on x's device {x.device}")
 
 
 def _check_optional(
@@ -361,12 +374,15 @@ _CIFAR10 = [
     ("256x(128+128)x32x32", dict(c1=128, c2=128, hw=1024)),
     ("256x(256+128)x32x32", dict(c1=256, c2=128, hw=1024)),
     ("256x256x16x16 add", dict(c1=256, hw=256, add=True)),
+    ("256x256x16x16 add dropout", dict(c1=256, hw=256, add=True, dropout=0.1)),
     ("256x256x16x16 linear", dict(c1=256, hw=256, activation=None)),
     ("256x(256+256)x16x16", dict(c1=256, c2=256, hw=256)),
     ("256x(256+256)x8x8", dict(c1=256, c2=256, hw=64)),
     ("256x256x8x8 add", dict(c1=256, hw=64, add=True)),
+    ("256x256x8x8 add dropout", dict(c1=256, hw=64, add=True, dropout=0.1)),
     ("256x(256+256)x4x4", dict(c1=256, c2=256, hw=16)),
     ("256x256x4x4 add", dict(c1=256, hw=16, add=True)),
+    ("256x256x4x4 add dropout", dict(c1=256, hw=16, add=True, dropout=0.1)),
     ("256x128x32x32 scale shift", dict(c1=128, hw=1024, scale=True, shift=True)),
 ]
 _SMALL = [

@@ -20,7 +20,9 @@ def launch_forward(
     """y, x + residual (empty without residual), mean (N, G), rstd (N, G)."""
     from ddpm_fast.kernels import group_norm_silu_triton as kernels
 
+    _check_image(x, concat)
     x, memory_format = dense(x)
+    weight, bias = weight.contiguous(), bias.contiguous()
     residual, concat = (_as_format(t, memory_format) for t in (residual, concat))
     scale, shift, add = (None if t is None else t.contiguous() for t in (scale, shift, add))
     y, total, mean, rstd = forward_outputs(x, residual, concat, num_groups)
@@ -28,25 +30,23 @@ def launch_forward(
     c2 = 0 if concat is None else concat.shape[1]
     if y.numel() == 0:
         return y, total, mean, rstd
-    plan = _plan("forward", n, c1 + c2, hw, num_groups, x)
+    plan = _plan("forward", n, c1 + c2, hw, num_groups, x, threshold > 0)
     flags = _flags(plan, c1, c2, hw, memory_format, concat, add)
-    options = {"num_warps": plan.num_warps}
-    grid = (plan.channel_blocks, n, plan.SPLITS)
+    grid = (plan.channel_blocks * n, plan.SPLITS)
     partial = x
     with on_device_of(x):
         if plan.SPLITS > 1:
             partial = torch.empty(2, n, plan.SPLITS, num_groups, device=x.device)
             kernels.stats_kernel[grid](
                 x, _or(concat, x), _or(residual, x), _or(add, x), partial,
-                **flags, BLOCK_G=plan.BLOCK_G, HAS_RESIDUAL=residual is not None, **options,
+                **flags, BLOCK_G=plan.BLOCK_G, HAS_RESIDUAL=residual is not None,
             )  # fmt: skip
         kernels.forward_kernel[grid](
             x, _or(concat, x), _or(residual, x), _or(add, x), weight, bias, _or(scale, x),
             _or(shift, x), _or(rng, x), partial, y, total, mean, rstd, eps,
-            dropout_kernel.scale_of(threshold), threshold, stream,
+            dropout_kernel.scale_of(threshold), threshold, _as_int32(stream),
             **flags, BLOCK_G=plan.BLOCK_G, SILU=silu, HAS_RESIDUAL=residual is not None,
             HAS_SCALE=scale is not None, HAS_SHIFT=shift is not None, DROPOUT=threshold > 0,
-            **options,
         )  # fmt: skip
     return y, total, mean, rstd
 
@@ -78,21 +78,22 @@ def launch_backward(
     from ddpm_fast.kernels import group_norm_silu_triton as kernels
 
     x, memory_format = dense(x)
+    weight, bias = weight.contiguous(), bias.contiguous()
     concat, dy, dtotal = (_as_format(t, memory_format) for t in (concat, dy, dtotal))
     scale, shift, add = (None if t is None else t.contiguous() for t in (scale, shift, add))
     dx, dconcat, dadd, sums = backward_outputs(x, add, concat)
     n, c1, hw = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
     c2 = 0 if concat is None else concat.shape[1]
     if dy.numel() == 0:
-        return dx, dconcat, dadd, sums.zero_()
-    plan = _plan("backward", n, c1 + c2, hw, num_groups, x)
+        return dx, dconcat, dadd.zero_(), sums.zero_()
+    plan = _plan("backward", n, c1 + c2, hw, num_groups, x, threshold > 0)
     flags = _flags(plan, c1, c2, hw, memory_format, concat, add)
     flags |= {
         "SILU": silu, "HAS_SCALE": scale is not None, "HAS_SHIFT": shift is not None,
-        "DROPOUT": threshold > 0, "num_warps": plan.num_warps,
+        "DROPOUT": threshold > 0,
     }  # fmt: skip
-    grid = (plan.channel_blocks, n, plan.SPLITS)
-    partial, keep_scale = x, dropout_kernel.scale_of(threshold)
+    grid = (plan.channel_blocks * n, plan.SPLITS)
+    partial, keep_scale, stream = x, dropout_kernel.scale_of(threshold), _as_int32(stream)
     context = (weight, bias, _or(scale, x), _or(shift, x), _or(rng, x))
     with on_device_of(x):
         if plan.SPLITS > 1:
@@ -126,20 +127,37 @@ def backward_outputs(
     return torch.empty_like(x), dconcat, dadd, sums
 
 
-def _plan(direction: str, n: int, c: int, hw: int, num_groups: int, x: Tensor) -> Plan:
-    arch = arch_of(x.device)
-    return make_plan(direction, n, c, hw, num_groups, itemsize=x.element_size(), arch=arch)
+def _plan(
+    direction: str, n: int, c: int, hw: int, num_groups: int, x: Tensor, dropout: bool
+) -> Plan:
+    return make_plan(
+        direction, n, c, hw, num_groups,
+        itemsize=x.element_size(), arch=arch_of(x.device), dropout=dropout,
+    )  # fmt: skip
 
 
 def _flags(
     plan: Plan, c1: int, c2: int, hw: int, memory_format: torch.memory_format, concat: Optional,
     add: Optional,
 ) -> dict:  # fmt: skip
+    nhwc = memory_format == torch.channels_last
     return {
-        **plan.constexprs(), "C1": c1, "C2": c2, "HW": hw,
-        "NHWC": memory_format == torch.channels_last,
+        **plan.constexprs(), "C1": c1, "C2": c2, "HW": hw, "NHWC": nhwc,
         "HAS_CONCAT": concat is not None, "HAS_ADD": add is not None,
+        "num_warps": plan.num_warps, "maxnreg": plan.max_registers if nhwc else None,
     }  # fmt: skip
+
+
+def _check_image(x: Tensor, concat: Optional) -> None:
+    """Offsets inside one image are int32."""
+    elements = sum(t.numel() // max(1, len(t)) for t in (x, concat) if t is not None)
+    if elements >= 2**31:
+        raise ValueError(f'an image has {elements} elements, impl="fused" takes less than 2**31')
+
+
+def _as_int32(stream: int) -> int:
+    """The same 32 bits: Triton makes an int64 of an argument from 2**31 on."""
+    return stream - 2**32 if stream >= 2**31 else stream
 
 
 def _is_channels_last(x: Tensor) -> bool:

@@ -6,17 +6,106 @@ A tile is (BLOCK_HW, BLOCK_C): positions by channels of whole groups. Imports tr
 import triton
 import triton.language as tl
 
+from ddpm_fast.kernels.impl import interpreting
 
-@triton.jit
-def to_groups(per_channel, in_group):
-    """(BLOCK_C,) -> sums over each group's channels (GROUPS,); in_group: (BLOCK_C, GROUPS)."""
-    return tl.sum(tl.where(in_group, per_channel[:, None], 0.0), axis=0)
+INTERPRETING = tl.constexpr(interpreting())
 
 
 @triton.jit
-def to_channels(per_group, in_group):
-    """(GROUPS,) -> each channel's own group's value (BLOCK_C,)."""
-    return tl.sum(tl.where(in_group, per_group[None, :], 0.0), axis=1)
+def sigmoid(x):
+    """1 / (1 + 2^(-x log2 e)) in four instructions; a caller's result is not to be named sigmoid.
+
+    By the PTX ISA ex2.approx.ftz is within about 2^-22 of its value, relatively, rcp.approx.ftz
+    within 1 ulp; with the roundings of product and sum the result is within (4 + |x|) 2^-23.
+    Both flush what is under 2^-126 to 0: below x = -87.3 the result is 0, beyond 17 it is 1 in
+    fp32 anyway. +inf gives 1, -inf gives 0, NaN stays NaN. tl.sigmoid divides, by 8 more.
+    """
+    if INTERPRETING:
+        return tl.sigmoid(x)
+    else:
+        power = tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * -1.4426950408889634],
+            dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + power],
+            dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def program(G: tl.constexpr, GROUPS: tl.constexpr):
+    """Block of channels, image and range of a program; images on the grid's only long axis."""
+    BLOCKS: tl.constexpr = (G + GROUPS - 1) // GROUPS
+    pid = tl.program_id(0)
+    return pid % BLOCKS, pid // BLOCKS, tl.program_id(1)
+
+
+@triton.jit
+def images(G: tl.constexpr, GROUPS: tl.constexpr):
+    return tl.num_programs(0) // ((G + GROUPS - 1) // GROUPS)
+
+
+@triton.jit
+def channels_mask(
+    block, G: tl.constexpr, GROUPS: tl.constexpr, CPG: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """Lanes that are channels of the program's groups; a constant, which vanishes, if all are."""
+    if BLOCK_C == GROUPS * CPG and G % GROUPS == 0:
+        return tl.full((BLOCK_C,), True, tl.int1)
+    else:
+        lane_c = tl.arange(0, BLOCK_C)
+        return (lane_c < GROUPS * CPG) & (block * GROUPS * CPG + lane_c < G * CPG)
+
+
+@triton.jit
+def tile_mask(
+    offs_hw, hw_end, mask_c, HW: tl.constexpr, RANGE: tl.constexpr, BLOCK_HW: tl.constexpr
+):
+    """(BLOCK_HW, BLOCK_C): positions before the range's end, channels of the program."""
+    if HW % RANGE == 0 and RANGE % BLOCK_HW == 0:
+        mask_hw = tl.full((BLOCK_HW,), True, tl.int1)
+    else:
+        mask_hw = offs_hw < hw_end
+    return mask_hw[:, None] & mask_c[None, :]
+
+
+@triton.jit
+def to_groups(per_channel, CPG: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr):
+    """(BLOCK_C,) -> sums over each group's channels (BLOCK_G,)."""
+    if BLOCK_C == BLOCK_G * CPG:
+        return tl.sum(tl.reshape(per_channel, (BLOCK_G, CPG)), axis=1)
+    else:
+        chosen = tl.where(_in_group(CPG, BLOCK_C, BLOCK_G), per_channel[:, None], 0.0)
+        return tl.sum(chosen, axis=0)
+
+
+@triton.jit
+def to_channels(per_group, CPG: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr):
+    """(BLOCK_G,) -> each channel's own group's value (BLOCK_C,)."""
+    if BLOCK_C == BLOCK_G * CPG:
+        return tl.reshape(tl.broadcast_to(per_group[:, None], (BLOCK_G, CPG)), (BLOCK_C,))
+    else:
+        chosen = tl.where(_in_group(CPG, BLOCK_C, BLOCK_G), per_group[None, :], 0.0)
+        return tl.sum(chosen, axis=1)
+
+
+@triton.jit
+def tile_to_groups(
+    tile, CPG: tl.constexpr, BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr
+):
+    """(BLOCK_HW, BLOCK_C) -> sums over positions and each group's channels (BLOCK_G,)."""
+    if BLOCK_C == BLOCK_G * CPG:  # channels first: a thread holds eight neighbours
+        rows = tl.sum(tl.reshape(tile, (BLOCK_HW, BLOCK_G, CPG)), axis=2)
+        return tl.sum(rows, axis=0)
+    else:
+        return to_groups(tl.sum(tile, axis=0), CPG, BLOCK_C, BLOCK_G)
+
+
+@triton.jit
+def _in_group(CPG: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr):
+    """(BLOCK_C, BLOCK_G): for groups that are no power of two, which a reshape cannot cut."""
+    return (tl.arange(0, BLOCK_C) // CPG)[:, None] == tl.arange(0, BLOCK_G)[None, :]
 
 
 @triton.jit
@@ -32,7 +121,7 @@ def offsets(offs_hw, offs_c, C: tl.constexpr, HW: tl.constexpr, NHWC: tl.constex
 def load_input(
     x_ptr, concat_ptr, residual_ptr, bias_c, n, offs_hw, offs_c, mask,
     C1: tl.constexpr, C2: tl.constexpr, HW: tl.constexpr, NHWC: tl.constexpr,
-    HAS_CONCAT: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    HAS_CONCAT: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_ADD: tl.constexpr,
 ):  # fmt: skip
     """cat([x + residual, concat]) + add, fp32; and x + residual as it is stored (dtype of x)."""
     start = n.to(tl.int64) * HW
@@ -49,7 +138,9 @@ def load_input(
         at_2 = start * C2 + offsets(offs_hw, offs_c - C1, C2, HW, NHWC)
         mask_2 = mask & (offs_c >= C1)[None, :]
         value += tl.load(concat_ptr + at_2, mask=mask_2, other=0.0).to(tl.float32)
-    return value + bias_c[None, :], x
+    if HAS_ADD:
+        value += bias_c[None, :]
+    return value, x
 
 
 @triton.jit
@@ -91,10 +182,10 @@ def philox_words(seed, counter, stream, sample, step):
 
 @triton.jit
 def range_stats(
-    x_ptr, concat_ptr, residual_ptr, bias_c, n, c_start, mask_c, in_group, hw_begin,
+    x_ptr, concat_ptr, residual_ptr, bias_c, n, c_start, mask_c, hw_begin,
     C1: tl.constexpr, C2: tl.constexpr, HW: tl.constexpr, CPG: tl.constexpr,
-    RANGE: tl.constexpr, BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr, NHWC: tl.constexpr,
-    HAS_CONCAT: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    RANGE: tl.constexpr, BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
+    NHWC: tl.constexpr, HAS_CONCAT: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_ADD: tl.constexpr,
 ):  # fmt: skip
     """Count, mean and sum of squared distances of each group over a range of positions.
 
@@ -103,19 +194,21 @@ def range_stats(
     offs_c = c_start + tl.arange(0, BLOCK_C)
     hw_end = tl.minimum(hw_begin + RANGE, HW)
     count = 0.0
-    mean = to_groups(bias_c * 0.0, in_group)
-    m2 = mean
+    mean = tl.zeros((BLOCK_G,), tl.float32)
+    m2 = tl.zeros((BLOCK_G,), tl.float32)
     for start in range(hw_begin, hw_end, BLOCK_HW):
         offs_hw = start + tl.arange(0, BLOCK_HW)
-        mask = (offs_hw < hw_end)[:, None] & mask_c[None, :]
+        mask = tile_mask(offs_hw, hw_end, mask_c, HW, RANGE, BLOCK_HW)
         value, _ = load_input(
             x_ptr, concat_ptr, residual_ptr, bias_c, n, offs_hw, offs_c, mask,
-            C1, C2, HW, NHWC, HAS_CONCAT, HAS_RESIDUAL,
+            C1, C2, HW, NHWC, HAS_CONCAT, HAS_RESIDUAL, HAS_ADD,
         )  # fmt: skip
         here = (tl.minimum(hw_end, start + BLOCK_HW) - start) * CPG * 1.0
-        mean_here = to_groups(tl.sum(tl.where(mask, value, 0.0), axis=0), in_group) / here
-        centred = tl.where(mask, value - to_channels(mean_here, in_group)[None, :], 0.0)
-        m2_here = to_groups(tl.sum(centred * centred, axis=0), in_group)
+        sums = tile_to_groups(tl.where(mask, value, 0.0), CPG, BLOCK_HW, BLOCK_C, BLOCK_G)
+        mean_here = sums / here
+        mean_c = to_channels(mean_here, CPG, BLOCK_C, BLOCK_G)
+        centred = tl.where(mask, value - mean_c[None, :], 0.0)
+        m2_here = tile_to_groups(centred * centred, CPG, BLOCK_HW, BLOCK_C, BLOCK_G)
         delta = mean_here - mean
         total = count + here
         mean += delta * (here / total)

@@ -15,15 +15,26 @@ import triton
 import triton.language as tl
 
 from ddpm_fast.kernels.group_norm_silu_backward import backward_kernel, sums_kernel
-from ddpm_fast.kernels.group_norm_silu_plan import SECTOR_BYTES, make_plan, power_of_two
+from ddpm_fast.kernels.group_norm_silu_plan import (
+    MOST_PER_THREAD,
+    SECTOR_BYTES,
+    make_plan,
+    power_of_two,
+    shape_class,
+)
 from ddpm_fast.kernels.group_norm_silu_tiles import (
     affine,
+    channels_mask,
+    images,
     keep_mask,
     load_input,
     offsets,
+    program,
     range_stats,
+    sigmoid,
+    tile_mask,
+    tile_to_groups,
     to_channels,
-    to_groups,
 )
 from ddpm_fast.kernels.spec import Budget, Launch
 
@@ -37,41 +48,39 @@ def stats_kernel(
     HAS_CONCAT: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_ADD: tl.constexpr,
 ):  # fmt: skip
     """partial (2, N, SPLITS, G): mean and sum of squared distances of each range."""
-    n = tl.program_id(1)
-    split = tl.program_id(2)
     C: tl.constexpr = C1 + C2
     G: tl.constexpr = C // CPG
-    c_start = tl.program_id(0) * GROUPS * CPG
+    block, n, split = program(G, GROUPS)
+    c_start = block * GROUPS * CPG
     lane_c = tl.arange(0, BLOCK_C)
-    mask_c = (lane_c < GROUPS * CPG) & (c_start + lane_c < C)
-    in_group = (lane_c // CPG)[:, None] == tl.arange(0, BLOCK_G)[None, :]
+    mask_c = channels_mask(block, G, GROUPS, CPG, BLOCK_C)
     bias_c = tl.zeros((BLOCK_C,), tl.float32)
     if HAS_ADD:
         at_c = n.to(tl.int64) * C + c_start + lane_c
         bias_c = tl.load(add_ptr + at_c, mask=mask_c, other=0.0).to(tl.float32)
     _, mean, m2 = range_stats(
-        x_ptr, concat_ptr, residual_ptr, bias_c, n, c_start, mask_c, in_group, split * RANGE,
-        C1, C2, HW, CPG, RANGE, BLOCK_HW, BLOCK_C, NHWC, HAS_CONCAT, HAS_RESIDUAL,
+        x_ptr, concat_ptr, residual_ptr, bias_c, n, c_start, mask_c, split * RANGE, C1, C2,
+        HW, CPG, RANGE, BLOCK_HW, BLOCK_C, BLOCK_G, NHWC, HAS_CONCAT, HAS_RESIDUAL, HAS_ADD,
     )  # fmt: skip
     offs_g = tl.arange(0, BLOCK_G)
-    group = tl.program_id(0) * GROUPS + offs_g
+    group = block * GROUPS + offs_g
     mask_g = (offs_g < GROUPS) & (group < G)
     at = (n * SPLITS + split) * G + group
     tl.store(partial_ptr + at, mean, mask=mask_g)
-    tl.store(partial_ptr + tl.num_programs(1) * SPLITS * G + at, m2, mask=mask_g)
+    tl.store(partial_ptr + images(G, GROUPS) * SPLITS * G + at, m2, mask=mask_g)
 
 
 @triton.jit
 def _joined_stats(
     partial_ptr, n, group, mask_g,
-    HW: tl.constexpr, CPG: tl.constexpr, G: tl.constexpr, RANGE: tl.constexpr,
-    SPLITS: tl.constexpr,
+    HW: tl.constexpr, CPG: tl.constexpr, G: tl.constexpr, GROUPS: tl.constexpr,
+    RANGE: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Mean and sum of squared distances of whole groups from stats_kernel's shares."""
     count = 0.0
     mean = tl.zeros(group.shape, tl.float32)
     m2 = tl.zeros(group.shape, tl.float32)
-    half = tl.num_programs(1) * SPLITS * G
+    half = images(G, GROUPS) * SPLITS * G
     for split in range(SPLITS):
         at = (n * SPLITS + split) * G + group
         mean_here = tl.load(partial_ptr + at, mask=mask_g, other=0.0)
@@ -87,14 +96,14 @@ def _joined_stats(
 
 @triton.jit
 def _activate(
-    value, mean_c, rstd_c, a, b, rng_ptr, stream, threshold, keep_scale, n, hw_start, c_start,
+    centred, factor, b, rng_ptr, stream, threshold, keep_scale, n, hw_start, c_start,
     C: tl.constexpr, C_STEP: tl.constexpr, BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr,
     SILU: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    u = (value - mean_c[None, :]) * (rstd_c * a)[None, :] + b[None, :]
+    u = centred * factor[None, :] + b[None, :]
     y = u
     if SILU:
-        y = u * tl.sigmoid(u)
+        y = u * sigmoid(u)
     if DROPOUT:
         keep = keep_mask(
             rng_ptr, stream, n, hw_start, c_start, threshold, C, C_STEP, BLOCK_HW, BLOCK_C
@@ -115,17 +124,15 @@ def forward_kernel(
     DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """y (and the stored sum), mean and rstd (N, G) of a block of groups, an image, a range."""
-    n = tl.program_id(1)
-    split = tl.program_id(2)
     C: tl.constexpr = C1 + C2
     G: tl.constexpr = C // CPG
-    c_start = tl.program_id(0) * GROUPS * CPG
+    block, n, split = program(G, GROUPS)
+    c_start = block * GROUPS * CPG
     lane_c = tl.arange(0, BLOCK_C)
     offs_c = c_start + lane_c
-    mask_c = (lane_c < GROUPS * CPG) & (offs_c < C)
-    in_group = (lane_c // CPG)[:, None] == tl.arange(0, BLOCK_G)[None, :]
+    mask_c = channels_mask(block, G, GROUPS, CPG, BLOCK_C)
     offs_g = tl.arange(0, BLOCK_G)
-    group = tl.program_id(0) * GROUPS + offs_g
+    group = block * GROUPS + offs_g
     mask_g = (offs_g < GROUPS) & (group < G)
     bias_c = tl.zeros((BLOCK_C,), tl.float32)
     if HAS_ADD:
@@ -135,28 +142,29 @@ def forward_kernel(
     hw_end = tl.minimum(hw_begin + RANGE, HW)
     ONE_TILE: tl.constexpr = SPLITS == 1 and BLOCK_HW >= HW
     offs_hw = hw_begin + tl.arange(0, BLOCK_HW)
-    mask = (offs_hw < hw_end)[:, None] & mask_c[None, :]
+    mask = tile_mask(offs_hw, hw_end, mask_c, HW, RANGE, BLOCK_HW)
     if ONE_TILE:
         value, total_x = load_input(
             x_ptr, concat_ptr, residual_ptr, bias_c, n, offs_hw, offs_c, mask,
-            C1, C2, HW, NHWC, HAS_CONCAT, HAS_RESIDUAL,
+            C1, C2, HW, NHWC, HAS_CONCAT, HAS_RESIDUAL, HAS_ADD,
         )  # fmt: skip
-        mean = to_groups(tl.sum(tl.where(mask, value, 0.0), axis=0), in_group) / (HW * CPG)
-        centred = tl.where(mask, value - to_channels(mean, in_group)[None, :], 0.0)
-        m2 = to_groups(tl.sum(centred * centred, axis=0), in_group)
+        sums = tile_to_groups(tl.where(mask, value, 0.0), CPG, BLOCK_HW, BLOCK_C, BLOCK_G)
+        mean = sums / (HW * CPG)
+        mean_c = to_channels(mean, CPG, BLOCK_C, BLOCK_G)
+        centred = tl.where(mask, value - mean_c[None, :], 0.0)
+        m2 = tile_to_groups(centred * centred, CPG, BLOCK_HW, BLOCK_C, BLOCK_G)
     elif SPLITS == 1:
         _, mean, m2 = range_stats(
-            x_ptr, concat_ptr, residual_ptr, bias_c, n, c_start, mask_c, in_group, 0,
-            C1, C2, HW, CPG, RANGE, BLOCK_HW, BLOCK_C, NHWC, HAS_CONCAT, HAS_RESIDUAL,
+            x_ptr, concat_ptr, residual_ptr, bias_c, n, c_start, mask_c, 0, C1, C2,
+            HW, CPG, RANGE, BLOCK_HW, BLOCK_C, BLOCK_G, NHWC, HAS_CONCAT, HAS_RESIDUAL, HAS_ADD,
         )  # fmt: skip
     else:
-        mean, m2 = _joined_stats(partial_ptr, n, group, mask_g, HW, CPG, G, RANGE, SPLITS)
+        mean, m2 = _joined_stats(partial_ptr, n, group, mask_g, HW, CPG, G, GROUPS, RANGE, SPLITS)
     rstd = 1.0 / tl.sqrt(m2 / (HW * CPG) + eps)
     if split == 0:
         tl.store(mean_ptr + n * G + group, mean, mask=mask_g)
         tl.store(rstd_ptr + n * G + group, rstd, mask=mask_g)
-    mean_c = to_channels(mean, in_group)
-    rstd_c = to_channels(rstd, in_group)
+    rstd_c = to_channels(rstd, CPG, BLOCK_C, BLOCK_G)
     a, b = affine(
         weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, offs_c, mask_c, C, HAS_SCALE, HAS_SHIFT
     )
@@ -164,13 +172,14 @@ def forward_kernel(
     for start in range(hw_begin, hw_end, BLOCK_HW):
         if not ONE_TILE:
             offs_hw = start + tl.arange(0, BLOCK_HW)
-            mask = (offs_hw < hw_end)[:, None] & mask_c[None, :]
+            mask = tile_mask(offs_hw, hw_end, mask_c, HW, RANGE, BLOCK_HW)
             value, total_x = load_input(
                 x_ptr, concat_ptr, residual_ptr, bias_c, n, offs_hw, offs_c, mask,
-                C1, C2, HW, NHWC, HAS_CONCAT, HAS_RESIDUAL,
+                C1, C2, HW, NHWC, HAS_CONCAT, HAS_RESIDUAL, HAS_ADD,
             )  # fmt: skip
+            centred = value - to_channels(mean, CPG, BLOCK_C, BLOCK_G)[None, :]
         y = _activate(
-            value, mean_c, rstd_c, a, b, rng_ptr, stream, threshold, keep_scale, n, start, c_start,
+            centred, rstd_c * a, b, rng_ptr, stream, threshold, keep_scale, n, start, c_start,
             C, GROUPS * CPG, BLOCK_HW, BLOCK_C, SILU, DROPOUT,
         )  # fmt: skip
         at = image * C + offsets(offs_hw, offs_c, C, HW, NHWC)
@@ -199,19 +208,19 @@ class Shape(NamedTuple):
 
 
 SHAPES = (
-    Shape(128, 0, 1024, False, True, False, (128, 30), (121, 95)),
-    Shape(128, 0, 1024, True, True, True, (128, 46), (172, 132)),
-    Shape(128, 128, 1024, False, True, False, (128, 33), (128, 97)),
-    Shape(256, 128, 1024, False, True, False, (128, 42), (128, 97)),
-    Shape(128, 0, 256, False, True, False, (128, 31), (102, 61)),
-    Shape(256, 0, 256, True, True, True, (128, 45), (115, 83)),
-    Shape(256, 0, 256, False, False, False, (121, 16), (95, 41)),
-    Shape(256, 128, 256, False, True, False, (118, 33), (128, 97)),
-    Shape(256, 256, 256, False, True, False, (128, 33), (97, 61)),
-    Shape(256, 256, 64, False, True, False, (133, 40), (109, 64)),
-    Shape(256, 0, 64, True, True, True, (138, 62), (119, 80)),
-    Shape(256, 256, 16, False, True, False, (102, 78), (150, 95)),
-    Shape(256, 0, 16, True, True, True, (63, 128), (170, 145)),
+    Shape(128, 0, 1024, False, True, False, (105, 16), (126, 58)),
+    Shape(128, 0, 1024, True, True, True, (128, 33), (128, 99)),
+    Shape(128, 128, 1024, False, True, False, (115, 19), (127, 64)),
+    Shape(256, 128, 1024, False, True, False, (128, 30), (127, 79)),
+    Shape(128, 0, 256, False, True, False, (107, 15), (127, 30)),
+    Shape(256, 0, 256, True, True, True, (128, 32), (128, 49)),
+    Shape(256, 0, 256, False, False, False, (127, 9), (121, 19)),
+    Shape(256, 128, 256, False, True, False, (113, 24), (127, 79)),
+    Shape(256, 256, 256, False, True, False, (118, 19), (128, 35)),
+    Shape(256, 256, 64, False, True, False, (108, 20), (128, 34)),
+    Shape(256, 0, 64, True, True, True, (128, 33), (128, 47)),
+    Shape(256, 256, 16, False, True, False, (74, 22), (172, 36)),
+    Shape(256, 0, 16, True, True, True, (52, 39), (172, 50)),
 )
 
 
@@ -234,7 +243,9 @@ def _launch(name: str, n: int, shape: Shape, arch: int) -> Launch:
     kernel = _KERNELS[name]
     direction = "forward" if name in ("stats", "forward") else "backward"
     channels = shape.c1 + shape.c2
-    plan = make_plan(direction, n, channels, shape.hw, 32, itemsize=2, arch=arch)
+    plan = make_plan(
+        direction, n, channels, shape.hw, 32, itemsize=2, arch=arch, dropout=shape.dropout
+    )
     flags = {
         **plan.constexprs(), "BLOCK_G": plan.BLOCK_G, "C1": shape.c1, "C2": shape.c2,
         "HW": shape.hw, "NHWC": True, "SILU": shape.silu, "HAS_CONCAT": shape.c2 > 0,
@@ -250,13 +261,14 @@ def _launch(name: str, n: int, shape: Shape, arch: int) -> Launch:
         types={arg: _TYPES.get(arg, "*bf16") for arg in kernel.arg_names if arg not in flags},
         constexprs={arg: value for arg, value in flags.items() if arg in kernel.arg_names},
         num_warps=plan.num_warps,
+        max_registers=plan.max_registers,
         elements=plan.BLOCK_HW * plan.BLOCK_C,
         budget=Budget(registers=registers, instructions=instructions),
     )
 
 
 def sweep_candidates(values: Mapping[str, Any], arch: int) -> list[tuple[str, str, dict]]:
-    """Launch numbers worth timing for a Case's values: (kernel, shape class, numbers)."""
+    """Launch numbers worth timing for a Case's values, 16-bit: (kernel, shape class, numbers)."""
     channels, hw = values["c1"] + values.get("c2", 0), values["hw"]
     groups = values.get("groups", 32)
     if make_plan("forward", values["n"], channels, hw, groups, itemsize=2, arch=arch).SPLITS > 1:
@@ -272,10 +284,13 @@ def sweep_candidates(values: Mapping[str, Any], arch: int) -> list[tuple[str, st
             for warps in (4, 8, 16):
                 numbers = {"GROUPS": count, "BLOCK_HW": block_hw, "num_warps": warps}
                 per_thread = block_hw * power_of_two(width) // (32 * warps)
-                if block_hw >= 8 and 8 <= per_thread <= 64 and numbers not in found:
+                within = block_hw >= 8 and 8 <= per_thread <= MOST_PER_THREAD
+                if within and numbers not in found:
                     found.append(numbers)
+    dropout = bool(values.get("dropout"))
+    shape = shape_class(channels, hw, groups, itemsize=2, dropout=dropout)
     return [
-        (f"group_norm_silu.{direction}", f"hw{hw} c{channels}", numbers)
+        (f"group_norm_silu.{direction}", shape, numbers)
         for direction in ("forward", "backward")
         for numbers in found
     ]

@@ -17,7 +17,7 @@ from typing import Any
 def lookup(kernel: str, shape_class: str, arch: int) -> dict[str, Any] | None:
     """The numbers of a row without its evidence, or None.
 
-    kernel  such as "group_norm_silu.forward";  shape_class  such as "hw1024 c128"
+    kernel  such as "group_norm_silu.forward";  shape_class  such as "t256 d256"
     arch    80, 90, 100, ...
     """
     row = _table().get(kernel, {}).get(str(arch), {}).get(shape_class)

@@ -134,6 +134,8 @@ def compile_launch(launch: Launch, arch: int) -> Resources:
     from triton.backends.compiler import GPUTarget
 
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    if launch.max_registers is not None:
+        options["maxnreg"] = launch.max_registers
     options["enable_fp_fusion"] = True  # the default up to Triton 3.9, which warns without it
     source, target = _source(launch), GPUTarget("cuda", arch, 32)
     try:

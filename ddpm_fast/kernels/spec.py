@@ -51,6 +51,7 @@ class Launch:
     types       Triton type of each argument that is not a constexpr: "*bf16", "*i64", "i32", or
                 "i32:16" for an integer known to be divisible by 16, without which accesses narrow
     constexprs  value of each constexpr
+    max_registers  a thread; the compiler is held to it (maxnreg)
     elements    of the program's tile, for Budget.instructions
     """
 
@@ -60,6 +61,7 @@ class Launch:
     constexprs: Mapping[str, Any]
     num_warps: int
     num_stages: int = 1
+    max_registers: int | None = None
     elements: int = 0
     budget: Budget = field(default_factory=Budget)
 

@@ -14,6 +14,7 @@ from torch import nn
 import ddpm_fast as df
 from ddpm_fast.fused_adamw import FusedAdamW
 from ddpm_fast.kernels import adamw_ema as kernel
+from ddpm_fast.kernels.adamw_ema_launch import Numbers, Tables
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -271,6 +272,21 @@ def test_tables_are_copied_again_only_when_something_moved(monkeypatch):
     optimizer.param_groups[0]["weight_decay"] = 0.2
     optimizer.step()
     assert copied == [1, 1] and len(optimizer._tables) == 1
+
+
+def test_captures_find_their_rows_memory_ready(monkeypatch):
+    """Pinned memory cannot be had while a graph is captured, and each graph keeps its own."""
+    tables = Tables((4,), 0, torch.zeros(4, device=DEVICE))
+    numbers, host_rows = [Numbers(0.9, 0.999, 1e-8, 0.0)], tables._host_rows
+    capturing, made = [], []
+    monkeypatch.setattr(tables, "_host_rows", lambda: made.append(bool(capturing)) or host_rows())
+    for address in range(0, 96, 16):
+        eager = address % 48 == 32  # two captures, a step, two captures, a step
+        capturing[:] = [] if eager else [1]
+        tables.point([[address] * 6], numbers, capturing=not eager)
+        assert tables.rows[0, 0] == address
+    assert True not in made
+    assert len({rows.data_ptr() for rows in tables._captured}) == 4
 
 
 def test_the_benchmarks_sizes_are_the_cifar10_presets():
