@@ -43,6 +43,11 @@ def run(**changes):
         {"recompute": "block"},
         {"optimizer": "adam", "ema_warmup": False},
         {"optimizer": "adamw-one-pass"},
+        {"optimizer": "adamw-one-pass", "extra_ema_decays": (0.5,)},
+        {"extra_ema_decays": (0.5,), "on_nan": "skip"},
+        {"norm": "bn", "on_nan": "skip"},
+        {"compile": True},
+        {"compile": True, "recompute": "norm"},
     ],
 )
 def test_the_captured_step_is_the_eager_one_bit_for_bit(options):
@@ -51,8 +56,9 @@ def test_the_captured_step_is_the_eager_one_bit_for_bit(options):
     assert captured.call.captured, captured.call.why_not
     assert not eager.call.captured
     assert losses == expected
-    for a, b in zip(captured.ema.net.parameters(), eager.ema.net.parameters(), strict=True):
-        assert torch.equal(a, b)
+    for one, other in zip(captured.emas, eager.emas, strict=True):
+        for name, average in one.state_dict().items():
+            assert torch.equal(average, other.state_dict()[name]), name
 
 
 def test_a_captured_step_follows_the_learning_rate_and_leaves_out_what_is_not_finite():
@@ -83,20 +89,39 @@ def test_nothing_in_a_replayed_step_waits_for_the_device():
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("options", [{}, {"sampler": "ddpm"}, {"eta": 1.0}])
+def small_net(**changes):
+    torch.manual_seed(0)
+    net = df.UNet(1, 32, (1, 2), 1, time_emb_dim=32, num_groups=8, image_size=16, **changes)
+    return net.cuda().eval().to(memory_format=torch.channels_last)
+
+
+def test_nothing_between_a_samplers_steps_waits_for_the_device():
+    sampler = df.Sampler(small_net(), df.Diffusion("cosine", 100), steps=20, batch_size=4)
+    sampler(8)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sampler(8, seed=3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"sampler": "ddpm"}, {"eta": 1.0}, {"guidance": 3.0, "null_class": 2}]
+)
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_a_captured_sampler_draws_what_an_uncaptured_one_does(options, dtype):
-    torch.manual_seed(0)
-    net = df.UNet(1, 32, (1, 2), 1, time_emb_dim=32, num_groups=8, image_size=16).cuda().eval()
-    net = net.to(memory_format=torch.channels_last)
+    guided = "guidance" in options
+    net = small_net(num_classes=3 if guided else None)
+    y = torch.arange(10) % 2 if guided else None
     proc = df.Diffusion("cosine", 100)
 
     def draw(why_not):
         sampler = df.Sampler(net, proc, steps=20, batch_size=4, dtype=dtype, **options)
         for call in sampler._steps.values():
             call.why_not = why_not
-        images = sampler(10, seed=3)
-        assert sampler._steps[False].captured == (why_not is None)
+        images = sampler(10, seed=3, y=y)
+        assert sampler._steps[guided].captured == (why_not is None)
         return images
 
     assert torch.equal(draw(None), draw("to compare with"))
