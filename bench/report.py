@@ -39,6 +39,8 @@ def sections(suite: Suite) -> list[Section]:
     for stage, title in (("models", "Whole nets"), ("sampling", "Sampling")):
         if rows := suite.rows(stage):
             found.append(Section(title, [_FLOOR], [list(_MODEL_COLUMNS), *map(_model_cells, rows)]))
+    if rows := suite.rows("command"):
+        found.append(Section("Images in files", [_command(row) for row in rows]))
     if rows := suite.rows("memory"):
         cells = [[row["impl"], _number(row, "peak_gib", ".2f")] for row in rows]
         found.append(Section("Memory of a training step", [], [["net", "peak GiB"], *cells]))
@@ -63,6 +65,7 @@ def sections(suite: Suite) -> list[Section]:
 _FLOOR = (
     "MFU: of the matrix product's rate in the same run. Floor: products at that rate, then norms"
     f" and optimizer at the copy's. (!): above {MOST_PERCENT:.0f} %, so that floor is too low."
+    " GPU busy: time of the kernels that torch.profiler saw, of the wall time without it."
 )
 _KERNELS = (
     "Floor: the larger of least bytes and operations at the ceilings of the same run, L2-cold."
@@ -75,6 +78,7 @@ _MODEL_COLUMNS: dict[str, Callable[[Row], str]] = {
     "img/s": lambda row: short(row["images_per_s"]),
     "MFU %": lambda row: _number(row, "mfu_percent", ".1f"),
     "% of floor": lambda row: _percent_of_floor(row, ".1f"),
+    "GPU busy %": lambda row: _number(row, "gpu_busy_percent", ".1f"),
     "peak GiB": lambda row: _number(row, "peak_gib", ".2f"),
     "parity": lambda row: row["parity"].removeprefix("green: "),
 }
@@ -107,6 +111,7 @@ def readme_table(suites: Sequence[Suite]) -> str:
         rows += [
             ["training run, 1 minute", _long_run(row), "", ""] for row in suite.rows("long_run")
         ]
+        rows += [[row["what"], _command(row), "", ""] for row in suite.rows("command")]
         table = markdown_table([["what", "ours", "compared with", "ratio"], *rows])
         parts += [f"On {suite.where}:", table]
     return "\n\n".join(parts)
@@ -156,7 +161,14 @@ def _kernel_cells(rows: Sequence[Row]) -> list[list[str]]:
 
 def _long_run(row: Row) -> str:
     memory = f", peak {row['peak_gib']:.1f} GiB" if row.get("peak_gib") else ""
-    return f"{row['name']}: {short(row['images_per_s'])} img/s{memory}"
+    mfu, floor = _number(row, "mfu_percent", ".1f"), _percent_of_floor(row, ".1f")
+    shares = "" if mfu == "-" else f", MFU {mfu} %, {floor} % of the floor"
+    return f"{row['name']}: {short(row['images_per_s'])} img/s{shares}{memory}"
+
+
+def _command(row: Row) -> str:
+    rate = f"{short(row['images_per_s'])} img/s"
+    return f"{row['name']}: {rate}; 50,000 images in {row['extrapolated_s']:.0f} s (extrapolated)"
 
 
 def _speedup(row: Row) -> str:
