@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -16,7 +16,7 @@ from bench import sampling
 from bench.ceilings import Ceilings
 from bench.failures import DeviceLost, failure, is_lost
 from bench.gpu_busy import busy
-from bench.model_parity import check
+from bench.model_parity import Parity, check, check_capture
 from bench.model_work import work_of
 from bench.models import MEMORY, SAMPLING, TRAINING, Model, Setup, side_of
 from bench.results import Results
@@ -29,6 +29,7 @@ SAMPLED_IMAGES, DDIM_STEPS = (1, 256, 16), 50
 # Seconds that a row takes; compiling forward and backward of this net, with 16 cores, most of it,
 # and finding that in Inductor's cache. Not yet measured, as all of these
 EAGER_S, COMPILED_S, CACHED_S = 8.0, 90.0, 40.0
+GRADIENTS_S = 60.0  # a baseline's compiled without dropout, for its parity check
 SAMPLINGS = 12  # calls of a sampling row
 HEADLINE_ROWS = 4  # ours and diffusers, 1 and 256 images: before the command's own row
 LAUNCHES_S, IMAGE_S = 0.012, 1e-4  # of a forward pass: at least; an image's in bf16
@@ -110,6 +111,8 @@ def model_order() -> list[tuple[Setup, str, float]]:
             needs_s = EAGER_S
             if setup.compile:
                 needs_s = CACHED_S if code in compiled else COMPILED_S
+                if setup.net != "ours" and what == "training step" and code not in compiled:
+                    needs_s += GRADIENTS_S
             rows.append((setup, what, needs_s if what == "training step" else needs_s / 2))
             compiled.add(code)
     return rows
@@ -239,13 +242,14 @@ def _ready(
     if steps:
         checks.append(sampling.check_loop(setup.net, device))
         call = sampling.call_for(model, steps)
-    worst = next((each for each in checks if not each.green), None)
-    row.columns["parity"] = str(worst or "; ".join(map(str, checks)))
-    if worst:
-        row.why_not = f"parity: {worst}"
+    if not _passed(row, checks):
         return model, call
-    for _ in range(1 + (WARM_UP_CALLS if setup.captured else 0)):
+    for _ in range(WARM_UP_CALLS if setup.captured else 1):
         call()
+    if model.captured is not None:
+        checks.append(check_capture(model))
+        if not _passed(row, checks):
+            return model, call
     our_loop = isinstance(call, sampling.OurLoop)
     why = call.sampler.why_no_graph if our_loop else model.captured and model.captured.why_not
     if why and device.type == "cuda":
@@ -260,6 +264,15 @@ def _ready(
         peak = torch.cuda.max_memory_allocated() - before  # the others' weights left out
         row.columns["peak_gib"] = round(peak / 2**30, 2)
     return model, call
+
+
+def _passed(row: Row, checks: Sequence[Parity]) -> bool:
+    """Whether all are green; what they found goes into the row."""
+    worst = next((each for each in checks if not each.green), None)
+    row.columns["parity"] = str(worst or "; ".join(map(str, checks)))
+    if worst:
+        row.why_not = f"parity: {worst}"
+    return worst is None
 
 
 def _why_no_peak(setup: Setup, device: torch.device, our_loop: bool) -> str:

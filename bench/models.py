@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -173,6 +174,19 @@ class Model:
     def step(self) -> None:
         """A training step as this setup runs it."""
         (self.captured or self._step)()
+
+    def eager_step(self) -> None:
+        """The step as it is captured, where it is, but run."""
+        with self.captured.side_stream() if self.captured else nullcontext():
+            self._step()
+
+    def state(self) -> list[Tensor]:
+        """What a training step changes: the weights, in their order, the optimizer's moments,
+        and the net's buffers, such as the counter that ours draws dropout by."""
+        weights = [parameter.detach() for parameter in self.net.parameters()]
+        moments = (each for kept in self.optimizer.state.values() for each in kept.values())
+        moments = (each for each in moments if isinstance(each, Tensor))
+        return [*weights, *moments, *self.net.buffers()]
 
     def eps_of(self, x: Tensor, t: Tensor, y: None = None) -> Tensor:
         """The net's output as this setup computes it; what a sampler calls."""
