@@ -239,6 +239,28 @@ def test_a_sampling_row_asks_the_net_once_a_step_and_image(tmp_path):
     assert ours.columns["tflop_s"] == pytest.approx(expected_rate, rel=1e-3)
 
 
+def test_diffusers_samples_with_bf16_weights_outside_autocast(monkeypatch):
+    pytest.importorskip("diffusers")
+    model = Model(Setup(net="diffusers"), CPU, 2, sampling=True, tiny=True)
+    assert {p.dtype for p in model.net.parameters()} == {torch.bfloat16}
+    autocast, forward = [], model.net.forward
+    monkeypatch.setattr(
+        model.net, "forward",
+        lambda *a, **k: autocast.append(torch.is_autocast_enabled("cpu")) or forward(*a, **k),
+    )  # fmt: skip
+    assert check(model, "forward").green and autocast == [False]
+    assert sampling.call_for(model, 2)().isfinite().all()
+
+
+def test_every_way_to_run_diffusers_is_sampled():
+    ways = {setup.compile for setup in SAMPLING if setup.net == "diffusers" and setup.bf16}
+    assert ways == {
+        None, "default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune"
+    }  # fmt: skip
+    assert all(setup.channels_last for setup in SAMPLING)
+    assert Setup(net="ours", compile="default") in SAMPLING  # and in our own sampler's graph
+
+
 def test_our_sampler_is_made_once_a_row_and_outside_autocast(monkeypatch):
     made, autocast = [], []
 
