@@ -49,6 +49,9 @@ def sections(suite: Suite) -> list[Section]:
     if rows := suite.rows("kernels"):
         head = ["kernel and pass", "ours ms", "% of floor", "over eager", "compiled", "best peer"]
         found.append(Section("Kernels", [_KERNELS], [head, *_kernel_cells(rows)]))
+    if rows := suite.rows("parts"):
+        head = ["part and pass", "way", "ms", "over the first way", "parity"]
+        found.append(Section("Parts of a training step", [_PARTS], [head, *_part_cells(rows)]))
     if suite.refused:
         cells = [[stage, name, why] for stage, name, why in suite.refused]
         found.append(
@@ -71,10 +74,14 @@ _KERNELS = (
     "Floor: the larger of least bytes and operations at the ceilings of the same run, L2-cold."
     f" (!): above {MOST_PERCENT:.0f} %, so the ceiling was taken too low, or a cache helped."
 )
+_PARTS = (
+    "Each part alone, in all ways that compute the same, timed in turns; the last column is how far"
+    " a way's result is from the first one's. Which way the package takes is decided by these rows."
+)
 _MODEL_COLUMNS: dict[str, Callable[[Row], str]] = {
     "what": lambda row: f"{row['what']}, {row['preset']}, {row['batch']}",
     "net": lambda row: row["impl"],
-    "ms": lambda row: f"{row['ms']:.4g} ({row['ms_q20']:.4g} to {row['ms_q80']:.4g})",
+    "ms": lambda row: _ms(row),
     "img/s": lambda row: short(row["images_per_s"]),
     "MFU %": lambda row: _number(row, "mfu_percent", ".1f"),
     "% of floor": lambda row: _percent_of_floor(row, ".1f"),
@@ -159,6 +166,13 @@ def _kernel_cells(rows: Sequence[Row]) -> list[list[str]]:
     return cells
 
 
+def _part_cells(rows: Sequence[Row]) -> list[list[str]]:
+    return [
+        [row["what"], row["impl"], _ms(row), _speedup(row), row["parity"].removeprefix("green: ")]
+        for row in rows
+    ]
+
+
 def _long_run(row: Row) -> str:
     memory = f", peak {row['peak_gib']:.1f} GiB" if row.get("peak_gib") else ""
     mfu, floor = _number(row, "mfu_percent", ".1f"), _percent_of_floor(row, ".1f")
@@ -169,6 +183,10 @@ def _long_run(row: Row) -> str:
 def _command(row: Row) -> str:
     rate = f"{short(row['images_per_s'])} img/s"
     return f"{row['name']}: {rate}; 50,000 images in {row['extrapolated_s']:.0f} s (extrapolated)"
+
+
+def _ms(row: Row) -> str:
+    return f"{row['ms']:.4g} ({row['ms_q20']:.4g} to {row['ms_q80']:.4g})"
 
 
 def _speedup(row: Row) -> str:

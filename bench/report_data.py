@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 # Stages whose rows are figures of something that has a parity check.
-JUDGED = ("kernels", "models", "long_run", "sampling", "memory")
+JUDGED = ("kernels", "models", "long_run", "sampling", "memory", "parts")
 FIGURES = ("ms", "images_per_s", "peak_gib")
 TEXTS = ("impl", "what", "preset", "parity", "why_not", "found")
 
@@ -253,6 +253,7 @@ def _check_figures(at: str, stage: str, row: Row) -> None:
         "models": ("impl", "what", "preset", "batch", "ms", "ms_q20", "ms_q80", "images_per_s"),
         "memory": ("impl", "preset", "batch"),
         "long_run": ("batch", "images_per_s"),
+        "parts": ("what", "impl", "ms", "ms_q20", "ms_q80"),
     }
     needed["sampling"] = needed["models"]
     if "extrapolated_s" in row:

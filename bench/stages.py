@@ -302,10 +302,12 @@ def run_long_run(results: Results, device: torch.device, dry_run: bool) -> None:
 
 
 def run_parts(results: Results, device: torch.device, dry_run: bool) -> None:
-    """The parts of a step that have no kernel of ours."""
+    """The parts of a step in the ways there are."""
     from bench.step_parts import measure_step_parts
 
     measure_step_parts(results, device, dry_run)
+    if red := [row["name"] for row in results.rows if "why_not" in row]:
+        raise StageFailed(f"not the same function: {', '.join(red)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

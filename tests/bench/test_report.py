@@ -26,6 +26,11 @@ def kernel_row(impl, ms, **more):
     return dict(name=name, impl=impl, ms=ms, percent_of_floor=80.0, parity="green") | more
 
 
+def part_row(impl, ms, **more):
+    row = dict(name=f"first conv {impl}", what="first conv", impl=impl, parity=GREEN)
+    return row | dict(ms=ms, ms_q20=0.99 * ms, ms_q80=1.02 * ms) | more
+
+
 def invented():
     """A suite.json as bench.gpu_suite writes it, with made-up figures."""
     stages = dict(
@@ -59,6 +64,7 @@ def invented():
         ]),
         memory=dict(rows=[model_row("ours eager bf16", 80.0, peak_gib=15.0),
                           model_row("diffusers eager bf16", 130.0, peak_gib=45.0)]),
+        parts=dict(rows=[part_row("plain", 2.0), part_row("padded", 1.6, speedup=1.25)]),
     )  # fmt: skip
     for stage in stages.values():
         stage |= dict(status="done", seconds=1.0)
@@ -99,8 +105,9 @@ def test_markdown_has_every_part_in_its_order(write, capsys):
     assert titles == [
         "INVENTED device", "Ours and the others", "Whole nets", "Sampling",
         "Images in files", "Memory of a training step", "A real training run", "Kernels",
-        "Not measured",
+        "Parts of a training step", "Not measured",
     ]  # fmt: skip
+    assert "| first conv | padded | 1.6 (1.584 to 1.632) | 1.25x |" in text
     assert "800 img/s; 50,000 images in 71 s (extrapolated)" in text
     assert "INVENTED device, torch 0.0, commit 0000000" in text
     assert "ceilings: copy 4,000 GB/s, matrix product 700 TFLOP/s" in text
