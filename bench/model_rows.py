@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -15,10 +15,12 @@ import torch
 from bench import sampling
 from bench.ceilings import Ceilings
 from bench.failures import DeviceLost, failure, is_lost
-from bench.model_parity import check
+from bench.gpu_busy import busy
+from bench.model_parity import Parity, check, check_capture
 from bench.model_work import work_of
 from bench.models import MEMORY, SAMPLING, TRAINING, Model, Setup, side_of
 from bench.results import Results
+from bench.sample_command import measure_command
 from bench.timing import Call, Samples, speedup, time_in_turns
 from ddpm_fast.graphs import WARM_UP_CALLS
 
@@ -27,7 +29,10 @@ SAMPLED_IMAGES, DDIM_STEPS = (1, 256, 16), 50
 # Seconds that a row takes; compiling forward and backward of this net, with 16 cores, most of it,
 # and finding that in Inductor's cache. Not yet measured, as all of these
 EAGER_S, COMPILED_S, CACHED_S = 8.0, 90.0, 40.0
+AUTOTUNED_S = 180.0  # a forward pass by max-autotune
+GRADIENTS_S = 60.0  # a baseline's compiled without dropout, for its parity check
 SAMPLINGS = 12  # calls of a sampling row
+HEADLINE_ROWS = 4  # ours and diffusers, 1 and 256 images: before the command's own row
 LAUNCHES_S, IMAGE_S = 0.012, 1e-4  # of a forward pass: at least; an image's in bf16
 OUT_OF_MEMORY = "out of the GPU's memory"
 
@@ -49,13 +54,8 @@ def figures(
     what   "training step" or "forward", of which each image needs `steps`
     """
     work, images, ms = work_of(model.config, side_of(model.tiny)), model.images, samples.median_ms
-    floor_ms = work.floor_ms(what, steps * images, 2 if model.setup.bf16 else 4, ceilings)
-    return {
-        "images_per_s": float(f"{1e3 * images / ms:.5g}"),
-        "tflop_s": float(f"{work.tflop_s(what, steps * images, ms):.4g}"),
-        "mfu_percent": round(work.mfu_percent(what, steps * images, ms, ceilings), 1),
-        "percent_of_floor": round(100 * floor_ms / ms, 1),
-    }
+    shares = work.shares(what, steps * images, ms, 2 if model.setup.bf16 else 4, ceilings)
+    return {"images_per_s": float(f"{1e3 * images / ms:.5g}"), **shares}
 
 
 def measure_group(
@@ -112,6 +112,8 @@ def model_order() -> list[tuple[Setup, str, float]]:
             needs_s = EAGER_S
             if setup.compile:
                 needs_s = CACHED_S if code in compiled else COMPILED_S
+                if setup.net != "ours" and what == "training step" and code not in compiled:
+                    needs_s += GRADIENTS_S
             rows.append((setup, what, needs_s if what == "training step" else needs_s / 2))
             compiled.add(code)
     return rows
@@ -120,8 +122,11 @@ def model_order() -> list[tuple[Setup, str, float]]:
 def measure_sampling(
     results: Results, device: torch.device, ceilings: Ceilings, dry_run: bool
 ) -> None:
-    """images_per_s of DDIM at several numbers of images at once."""
-    for setup, images, needs_s in sampling_order():
+    """images_per_s of DDIM at several numbers of images at once; after the eager ones at the
+    headline's numbers the command's own."""
+    for i, (setup, images, needs_s) in enumerate(sampling_order()):
+        if i == HEADLINE_ROWS:
+            measure_command(results, device, dry_run)
         _measure_alone(
             results, setup, "forward", device, ceilings, dry_run, needs_s,
             images=min(images, 2) if dry_run else images, steps=2 if dry_run else DDIM_STEPS,
@@ -138,6 +143,8 @@ def sampling_order() -> list[tuple[Setup, int, float]]:
             for setup in setups:
                 step_s = max(LAUNCHES_S, images * (IMAGE_S if setup.bf16 else 4 * IMAGE_S))
                 ready_s = COMPILED_S / 2 if setup.compile else EAGER_S
+                if "max-autotune" in (setup.compile or ""):
+                    ready_s = AUTOTUNED_S
                 rows.append((setup, images, ready_s + SAMPLINGS * DDIM_STEPS * step_s))
     return rows
 
@@ -213,6 +220,8 @@ def _time_alone(
     repeats = 2 if tiny else None
     samples = time_in_turns({"": [call]}, device, repeats=repeats, launch_gaps=True)[""]
     row.columns |= samples.row() | figures(model, what, samples, ceilings, steps or 1)
+    if device.type == "cuda" and model.captured is not None and setup.net == "ours":
+        row.columns |= busy(call)
 
 
 def _ready(
@@ -236,24 +245,45 @@ def _ready(
     if steps:
         checks.append(sampling.check_loop(setup.net, device))
         call = sampling.call_for(model, steps)
-    worst = next((each for each in checks if not each.green), None)
-    row.columns["parity"] = str(worst or "; ".join(map(str, checks)))
-    if worst:
-        row.why_not = f"parity: {worst}"
+    if not _passed(row, checks):
         return model, call
-    for _ in range(1 + (WARM_UP_CALLS if setup.captured else 0)):
+    for _ in range(WARM_UP_CALLS if setup.captured else 1):
         call()
+    if model.captured is not None:
+        checks.append(check_capture(model))
+        if not _passed(row, checks):
+            return model, call
     our_loop = isinstance(call, sampling.OurLoop)
     why = call.sampler.why_no_graph if our_loop else model.captured and model.captured.why_not
     if why and device.type == "cuda":
         row.why_not = f"not captured: {why}"
-    if device.type == "cuda" and not (setup.in_graph or our_loop):
+    why_no_peak = _why_no_peak(setup, device, our_loop)
+    if why_no_peak:
+        row.columns["no_peak_gib"] = why_no_peak
+    else:
         torch.cuda.reset_peak_memory_stats()
         call()
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated() - before  # the others' weights left out
         row.columns["peak_gib"] = round(peak / 2**30, 2)
     return model, call
+
+
+def _passed(row: Row, checks: Sequence[Parity]) -> bool:
+    """Whether all are green; what they found goes into the row."""
+    worst = next((each for each in checks if not each.green), None)
+    row.columns["parity"] = str(worst or "; ".join(map(str, checks)))
+    if worst:
+        row.why_not = f"parity: {worst}"
+    return worst is None
+
+
+def _why_no_peak(setup: Setup, device: torch.device, our_loop: bool) -> str:
+    if device.type != "cuda":
+        return "torch counts what a device's allocator gave out on CUDA only"
+    if setup.in_graph or our_loop:
+        return "a CUDA graph's memory is its own, of which torch's peak knows nothing"
+    return ""
 
 
 @contextmanager

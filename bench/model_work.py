@@ -50,6 +50,17 @@ class ModelWork:
         flops = FLOPS_OF_FORWARD[what] * images * self.flops
         return ceilings.floor_ms(0, flops) + ceilings.floor_ms(moved, 0)
 
+    def shares(
+        self, what: str, images: int, ms: float, element_bytes: int, ceilings: Ceilings
+    ) -> dict[str, float]:
+        """A row's columns tflop_s, mfu_percent and percent_of_floor."""
+        floor_ms = self.floor_ms(what, images, element_bytes, ceilings)
+        return {
+            "tflop_s": float(f"{self.tflop_s(what, images, ms):.4g}"),
+            "mfu_percent": round(self.mfu_percent(what, images, ms, ceilings), 1),
+            "percent_of_floor": round(100 * floor_ms / ms, 1),
+        }
+
 
 @functools.cache
 def work_of(config: UNetConfig, side: int) -> ModelWork:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -61,13 +62,14 @@ class Setup:
 
     @property
     def samples_in_bf16(self) -> bool:
-        """Whether sampling casts the net, which our sampler's dtype does, instead of autocast."""
-        return self.bf16 and self.net == "ours"
+        """Whether sampling casts the net itself, which is faster than autocast: ours by our
+        sampler's dtype, diffusers' by .to(). The original's time table would lose its phases."""
+        return self.bf16 and self.net != "original"
 
     @property
     def in_graph(self) -> bool:
         """Whether its memory is a CUDA graph's own, of which torch's peak knows nothing."""
-        return self.captured or self.compile == "reduce-overhead"
+        return self.captured or self.compile in ("reduce-overhead", "max-autotune")
 
     def config(self, tiny: bool = False) -> UNetConfig:
         """tiny: small enough for a test; never all zeros, as a preset's new net is"""
@@ -114,17 +116,21 @@ TRAINING = (
 )
 # In order of worth. Our sampler captures its step itself, in which another graph, as of
 # reduce-overhead, cannot be captured.
-SAMPLING = tuple(
-    replace(setup, preset=name)
-    for name in ("cifar10", "seed-cifar10")
-    for setup in (
-        *_both(),
-        Setup(net="ours", compile="default"),
-        Setup(net="diffusers", compile="reduce-overhead"),
-        Setup(net="original"),
-        *_both(bf16=False),
-        Setup(net="original", bf16=False),
-    )
+SAMPLING = (
+    *(
+        replace(setup, preset=name)
+        for name in ("cifar10", "seed-cifar10")
+        for setup in (
+            *_both(),
+            *_both(compile="default"),
+            Setup(net="diffusers", compile="reduce-overhead"),
+            Setup(net="original"),
+            *_both(bf16=False),
+            Setup(net="original", bf16=False),
+        )
+    ),
+    Setup(net="diffusers", compile="max-autotune-no-cudagraphs"),
+    Setup(net="diffusers", compile="max-autotune"),  # as reduce-overhead with graphs of its own
 )
 MEMORY = (
     *_both(),
@@ -137,7 +143,7 @@ class Model:
     """A setup's net on a device with its inputs, ready to run.
 
     training  in training mode with an optimizer, else in eval mode
-    sampling  ours as its sampler runs it: with bf16, weights in it and no autocast
+    sampling  with bf16, weights in it and no autocast, but for the original
     captured  the training step as one graph, where the setup asks for that
     """
 
@@ -174,6 +180,19 @@ class Model:
         """A training step as this setup runs it."""
         (self.captured or self._step)()
 
+    def eager_step(self) -> None:
+        """The step as it is captured, where it is, but run."""
+        with self.captured.side_stream() if self.captured else nullcontext():
+            self._step()
+
+    def state(self) -> list[Tensor]:
+        """What a training step changes: the weights, in their order, the optimizer's moments,
+        and the net's buffers, such as the counter that ours draws dropout by."""
+        weights = [parameter.detach() for parameter in self.net.parameters()]
+        moments = (each for kept in self.optimizer.state.values() for each in kept.values())
+        moments = (each for each in moments if isinstance(each, Tensor))
+        return [*weights, *moments, *self.net.buffers()]
+
     def eps_of(self, x: Tensor, t: Tensor, y: None = None) -> Tensor:
         """The net's output as this setup computes it; what a sampler calls."""
         return self._run(self.called, x, t)
@@ -197,10 +216,9 @@ class Model:
         return dict(zip(named, found, strict=True))
 
     def _run(self, net: Callable[..., object], x: Tensor, t: Tensor) -> Tensor:
-        if self.dtype is not None:
-            return net(x.to(self.dtype), t)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.setup.bf16):
-            out = net(x, t)
+        cast, autocasts = self.dtype or x.dtype, self.setup.bf16 and self.dtype is None
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=autocasts):
+            out = net(x.to(cast), t)
         return out if isinstance(out, Tensor) else out.sample
 
 

@@ -39,6 +39,8 @@ def sections(suite: Suite) -> list[Section]:
     for stage, title in (("models", "Whole nets"), ("sampling", "Sampling")):
         if rows := suite.rows(stage):
             found.append(Section(title, [_FLOOR], [list(_MODEL_COLUMNS), *map(_model_cells, rows)]))
+    if rows := suite.rows("command"):
+        found.append(Section("Images in files", [_command(row) for row in rows]))
     if rows := suite.rows("memory"):
         cells = [[row["impl"], _number(row, "peak_gib", ".2f")] for row in rows]
         found.append(Section("Memory of a training step", [], [["net", "peak GiB"], *cells]))
@@ -47,6 +49,9 @@ def sections(suite: Suite) -> list[Section]:
     if rows := suite.rows("kernels"):
         head = ["kernel and pass", "ours ms", "% of floor", "over eager", "compiled", "best peer"]
         found.append(Section("Kernels", [_KERNELS], [head, *_kernel_cells(rows)]))
+    if rows := suite.rows("parts"):
+        head = ["part and pass", "way", "ms", "over the first way", "parity"]
+        found.append(Section("Parts of a training step", [_PARTS], [head, *_part_cells(rows)]))
     if suite.refused:
         cells = [[stage, name, why] for stage, name, why in suite.refused]
         found.append(
@@ -63,18 +68,24 @@ def sections(suite: Suite) -> list[Section]:
 _FLOOR = (
     "MFU: of the matrix product's rate in the same run. Floor: products at that rate, then norms"
     f" and optimizer at the copy's. (!): above {MOST_PERCENT:.0f} %, so that floor is too low."
+    " GPU busy: time of the kernels that torch.profiler saw, of the wall time without it."
 )
 _KERNELS = (
     "Floor: the larger of least bytes and operations at the ceilings of the same run, L2-cold."
     f" (!): above {MOST_PERCENT:.0f} %, so the ceiling was taken too low, or a cache helped."
 )
+_PARTS = (
+    "Each part alone, in all ways that compute the same, timed in turns; the last column is how far"
+    " a way's result is from the first one's. Which way the package takes is decided by these rows."
+)
 _MODEL_COLUMNS: dict[str, Callable[[Row], str]] = {
     "what": lambda row: f"{row['what']}, {row['preset']}, {row['batch']}",
     "net": lambda row: row["impl"],
-    "ms": lambda row: f"{row['ms']:.4g} ({row['ms_q20']:.4g} to {row['ms_q80']:.4g})",
+    "ms": lambda row: _ms(row),
     "img/s": lambda row: short(row["images_per_s"]),
     "MFU %": lambda row: _number(row, "mfu_percent", ".1f"),
     "% of floor": lambda row: _percent_of_floor(row, ".1f"),
+    "GPU busy %": lambda row: _number(row, "gpu_busy_percent", ".1f"),
     "peak GiB": lambda row: _number(row, "peak_gib", ".2f"),
     "parity": lambda row: row["parity"].removeprefix("green: "),
 }
@@ -107,6 +118,7 @@ def readme_table(suites: Sequence[Suite]) -> str:
         rows += [
             ["training run, 1 minute", _long_run(row), "", ""] for row in suite.rows("long_run")
         ]
+        rows += [[row["what"], _command(row), "", ""] for row in suite.rows("command")]
         table = markdown_table([["what", "ours", "compared with", "ratio"], *rows])
         parts += [f"On {suite.where}:", table]
     return "\n\n".join(parts)
@@ -154,9 +166,27 @@ def _kernel_cells(rows: Sequence[Row]) -> list[list[str]]:
     return cells
 
 
+def _part_cells(rows: Sequence[Row]) -> list[list[str]]:
+    return [
+        [row["what"], row["impl"], _ms(row), _speedup(row), row["parity"].removeprefix("green: ")]
+        for row in rows
+    ]
+
+
 def _long_run(row: Row) -> str:
     memory = f", peak {row['peak_gib']:.1f} GiB" if row.get("peak_gib") else ""
-    return f"{row['name']}: {short(row['images_per_s'])} img/s{memory}"
+    mfu, floor = _number(row, "mfu_percent", ".1f"), _percent_of_floor(row, ".1f")
+    shares = "" if mfu == "-" else f", MFU {mfu} %, {floor} % of the floor"
+    return f"{row['name']}: {short(row['images_per_s'])} img/s{shares}{memory}"
+
+
+def _command(row: Row) -> str:
+    rate = f"{short(row['images_per_s'])} img/s"
+    return f"{row['name']}: {rate}; 50,000 images in {row['extrapolated_s']:.0f} s (extrapolated)"
+
+
+def _ms(row: Row) -> str:
+    return f"{row['ms']:.4g} ({row['ms_q20']:.4g} to {row['ms_q80']:.4g})"
 
 
 def _speedup(row: Row) -> str:

@@ -285,19 +285,29 @@ def run_graph_parity(results: Results, device: torch.device, dry_run: bool) -> N
 
 def run_long_run(results: Results, device: torch.device, dry_run: bool) -> None:
     """A minute of training, as a user starts it."""
-    from bench.training_runs import RunFailed, measure_long_run
+    from bench.training_runs import SIDE, RunFailed, measure_long_run
+
+    def shares(images: int, ms: float) -> dict[str, float]:
+        from bench.model_work import work_of
+        from ddpm_fast.nn.config import preset
+
+        ceilings = read_ceilings(results, device, dry_run)
+        work = work_of(preset("cifar10"), SIDE)
+        return work.shares("training step", images, ms, 4 if dry_run else 2, ceilings)
 
     try:
-        measure_long_run(results, dry_run)
+        measure_long_run(results, dry_run, shares)
     except RunFailed as error:
         raise StageFailed(str(error)) from None
 
 
 def run_parts(results: Results, device: torch.device, dry_run: bool) -> None:
-    """The parts of a step that have no kernel of ours."""
+    """The parts of a step in the ways there are."""
     from bench.step_parts import measure_step_parts
 
     measure_step_parts(results, device, dry_run)
+    if red := [row["name"] for row in results.rows if "why_not" in row]:
+        raise StageFailed(f"not the same function: {', '.join(red)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

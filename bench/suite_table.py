@@ -12,8 +12,8 @@ MOST_CHARACTERS = 9_500
 MOST_LINES = 60  # of one stage
 WIDTH = 150
 COLUMNS = (
-    "ms", "gb_s", "tflop_s", "images_per_s", "mfu_percent", "peak_gib", "percent_of_floor",
-    "speedup",
+    "ms", "gb_s", "tflop_s", "images_per_s", "mfu_percent", "gpu_busy_percent", "peak_gib",
+    "percent_of_floor", "speedup",
 )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -78,8 +78,13 @@ def measure_graph_parity(results: Results, dry_run: bool) -> None:
             results.add(way, impl=way, parity=parity, found=found)
 
 
-def measure_long_run(results: Results, dry_run: bool) -> None:
-    """img/s of a minute of training: the median of the second half of what it logged."""
+def measure_long_run(
+    results: Results, dry_run: bool, shares: Callable[[int, float], dict[str, float]]
+) -> None:
+    """img/s of a minute of training: the median of the second half of what it logged.
+
+    shares  (images, ms of a step with so many) -> its MFU and the like; called after the run
+    """
     way = "eager" if dry_run else "compiled and captured" if offers_cuda_graph() else "compiled"
     flags, seconds = WAYS.get(way, EAGER), 6.0 if dry_run else LONG_S
     every, batch = ("2", 4) if dry_run else ("20", 512)
@@ -92,10 +97,11 @@ def measure_long_run(results: Results, dry_run: bool) -> None:
             limit_s=results.left_s(), steady_s=seconds, lines=4 if dry_run else None,
         )  # fmt: skip
     steady = [line["images_per_s"] for line in lines[len(lines) // 2 :]]
+    rate = statistics.median(steady)
     peak = max(line.get("peak_gib", 0.0) for line in lines)
     results.add(
         name, what="training run", preset="cifar10", impl=f"ours {way}", batch=batch,
-        parity=_parity_of(results, way), images_per_s=statistics.median(steady),
+        parity=_parity_of(results, way), images_per_s=rate, **shares(batch, 1e3 * batch / rate),
         images_per_s_min=min(steady), images_per_s_max=max(steady), steps=lines[-1]["step"],
         peak_gib=peak, last_loss=lines[-1]["loss"],
     )  # fmt: skip

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from bench import gpu_suite, model_rows, stages, suite_table, training_runs
+from bench import gpu_suite, model_rows, sample_command, stages, suite_table, training_runs
 from bench.environment import ROOT
 from bench.results import DEVICE_LOST, STAGES, SUITE, Results, read_json, write_json
 from ddpm_fast.kernels import SPECS
@@ -138,15 +138,15 @@ def test_in_the_three_calls_every_headline_row_can_start(seconds_for_rows):
         seconds_for_rows["models"],
     )
     assert {(what, "cifar10", label) for what, label in HEADLINES} <= set(models)
-    drawn = started(
-        [((images, setup.preset, setup.label), s)
-         for setup, images, s in model_rows.sampling_order()],
-        seconds_for_rows["sampling"],
-    )  # fmt: skip
+    drawing = [
+        ((images, setup.preset, setup.label), s) for setup, images, s in model_rows.sampling_order()
+    ]
+    drawing.insert(model_rows.HEADLINE_ROWS, ("command", sample_command.NEEDS_S))
+    drawn = started(drawing, seconds_for_rows["sampling"])
     wanted = {
         (n, "cifar10", f"{net} eager bf16") for n in (1, 256) for net in ("ours", "diffusers")
     }
-    assert wanted <= set(drawn)
+    assert wanted | {"command"} <= set(drawn)
     runs = [("eager", training_runs.EAGER_RUN_S)]
     for way, flags in training_runs.WAYS.items():
         compiled = "--compile" in flags

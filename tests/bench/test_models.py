@@ -8,10 +8,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import model_rows, sampling
+from bench import model_parity, model_rows, sampling
 from bench.ceilings import Ceilings
 from bench.diffusers_unet import diffusers_unet, weights_for_diffusers
-from bench.model_parity import BF16, FP32, Parity, check, distance, expected, tolerance_of
+from bench.model_parity import (
+    BF16,
+    CAPTURE_STEPS,
+    FP32,
+    Parity,
+    check,
+    check_capture,
+    distance,
+    expected,
+    tolerance_of,
+)
 from bench.model_rows import measure_group
 from bench.model_work import ModelWork, work_of
 from bench.models import MEMORY, SAMPLING, TRAINING, Model, Setup, inputs
@@ -118,6 +128,54 @@ def test_a_wrong_gradient_is_red(monkeypatch):
     assert not found.green and str(found).startswith("red: gradients 1.0e-03 of 1e-05")
 
 
+def test_a_compiled_baselines_gradients_are_its_compiled_nets(monkeypatch):
+    monkeypatch.setattr(model_parity, "_of_compiled", {})
+    asked = []
+    for mode, factor in (("default", 1.0), ("max-autotune", 1.01)):
+        setup = Setup(net="original", compile=mode, bf16=False)
+        for captured in (False, True):
+            model = Model(replace(setup, captured=captured), CPU, 2, training=True, tiny=True)
+            model.called = lambda x, t, net=model.net, factor=factor: (
+                asked.append(factor) or factor * net(x, t)
+            )
+            assert check(model, "training step").green == (factor == 1.0)
+            assert model.net.training
+    assert asked == [1.0, 1.01]  # a captured row runs the code of the row before it
+
+
+@pytest.mark.parametrize(
+    ("net", "call", "green"),
+    [("ours", "step", True), ("original", "step", True), ("original", "nothing", False),
+     ("ours", "two of three", False)],
+)  # fmt: skip
+def test_captured_steps_have_to_change_the_weights_as_eager_ones_do(monkeypatch, net, call, green):
+    setup = Setup(net=net, bf16=False, captured=True)
+    model, calls = Model(setup, CPU, 2, training=True, tiny=True), []
+    for _ in range(3):
+        model.step()
+
+    def step():
+        calls.append(len(calls))
+        if call == "step" or (call == "two of three" and calls[-1] > 0):
+            model.eager_step()
+
+    monkeypatch.setattr(model, "step", step)
+    found = check_capture(model)
+    assert found.green == green and len(calls) == CAPTURE_STEPS, found
+    if green:
+        assert found.distance == 0.0
+
+
+def test_a_red_capture_has_no_figure(monkeypatch):
+    monkeypatch.setattr(
+        model_rows, "check_capture", lambda model: Parity(1.0, 0.1, "captured weights")
+    )
+    row = model_rows.Row({})
+    setup = replace(EAGER[1], captured=True)
+    model_rows._ready(row, setup, "training step", 2, CPU, 0, True)
+    assert row.why_not == "parity: red: captured weights 1.0e+00 of 1e-01"
+
+
 def test_nan_is_red():
     assert not Parity(float("nan"), 1.0, "output").green
 
@@ -181,6 +239,28 @@ def test_a_sampling_row_asks_the_net_once_a_step_and_image(tmp_path):
     assert ours.columns["tflop_s"] == pytest.approx(expected_rate, rel=1e-3)
 
 
+def test_diffusers_samples_with_bf16_weights_outside_autocast(monkeypatch):
+    pytest.importorskip("diffusers")
+    model = Model(Setup(net="diffusers"), CPU, 2, sampling=True, tiny=True)
+    assert {p.dtype for p in model.net.parameters()} == {torch.bfloat16}
+    autocast, forward = [], model.net.forward
+    monkeypatch.setattr(
+        model.net, "forward",
+        lambda *a, **k: autocast.append(torch.is_autocast_enabled("cpu")) or forward(*a, **k),
+    )  # fmt: skip
+    assert check(model, "forward").green and autocast == [False]
+    assert sampling.call_for(model, 2)().isfinite().all()
+
+
+def test_every_way_to_run_diffusers_is_sampled():
+    ways = {setup.compile for setup in SAMPLING if setup.net == "diffusers" and setup.bf16}
+    assert ways == {
+        None, "default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune"
+    }  # fmt: skip
+    assert all(setup.channels_last for setup in SAMPLING)
+    assert Setup(net="ours", compile="default") in SAMPLING  # and in our own sampler's graph
+
+
 def test_our_sampler_is_made_once_a_row_and_outside_autocast(monkeypatch):
     made, autocast = [], []
 
@@ -233,6 +313,7 @@ def test_a_step_that_was_not_captured_says_why(monkeypatch):
     model = SimpleNamespace(training=True, step=lambda: None, captured=call)
     monkeypatch.setattr(model_rows, "Model", lambda *arguments, **options: model)
     monkeypatch.setattr(model_rows, "check", lambda model, what: Parity(0.0, 1.0, "gradients"))
+    monkeypatch.setattr(model_rows, "check_capture", lambda model: Parity(0.0, 0.1, "weights"))
     monkeypatch.setattr(model_rows, "_allocated", lambda device: 0)
     model_rows._ready(row, setup, "training step", 2, cuda, 0, True)
     assert row.why_not == "not captured: no room"

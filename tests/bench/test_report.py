@@ -26,6 +26,11 @@ def kernel_row(impl, ms, **more):
     return dict(name=name, impl=impl, ms=ms, percent_of_floor=80.0, parity="green") | more
 
 
+def part_row(impl, ms, **more):
+    row = dict(name=f"first conv {impl}", what="first conv", impl=impl, parity=GREEN)
+    return row | dict(ms=ms, ms_q20=0.99 * ms, ms_q80=1.02 * ms) | more
+
+
 def invented():
     """A suite.json as bench.gpu_suite writes it, with made-up figures."""
     stages = dict(
@@ -53,9 +58,13 @@ def invented():
         sampling=dict(rows=[
             model_row("ours reduce-overhead bf16", 100.0, what="DDIM-50", batch=1),
             model_row("diffusers eager bf16", 600.0, what="DDIM-50", batch=1),
+            dict(name="sample command DDIM-50 cifar10", what="DDIM-50 to PNG files", batch=512,
+                 preset="cifar10", impl="ours sample command", parity=GREEN, images_per_s=800.0,
+                 extrapolated_s=71.3),
         ]),
         memory=dict(rows=[model_row("ours eager bf16", 80.0, peak_gib=15.0),
                           model_row("diffusers eager bf16", 130.0, peak_gib=45.0)]),
+        parts=dict(rows=[part_row("plain", 2.0), part_row("padded", 1.6, speedup=1.25)]),
     )  # fmt: skip
     for stage in stages.values():
         stage |= dict(status="done", seconds=1.0)
@@ -95,8 +104,11 @@ def test_markdown_has_every_part_in_its_order(write, capsys):
     titles = re.findall(r"^## (.*)$", text, re.MULTILINE)
     assert titles == [
         "INVENTED device", "Ours and the others", "Whole nets", "Sampling",
-        "Memory of a training step", "A real training run", "Kernels", "Not measured",
+        "Images in files", "Memory of a training step", "A real training run", "Kernels",
+        "Parts of a training step", "Not measured",
     ]  # fmt: skip
+    assert "| first conv | padded | 1.6 (1.584 to 1.632) | 1.25x |" in text
+    assert "800 img/s; 50,000 images in 71 s (extrapolated)" in text
     assert "INVENTED device, torch 0.0, commit 0000000" in text
     assert "ceilings: copy 4,000 GB/s, matrix product 700 TFLOP/s" in text
     assert "pytest -m gpu: 9 passed, 0 failed" in text and "captured: bitwise the same" in text

@@ -71,10 +71,11 @@ def test_a_trainer_that_does_not_start_is_told_by_its_own_words(monkeypatch):
 def test_the_long_run_claims_only_what_this_run_checked(monkeypatch, results, rows, parity):
     write_json(results.path.with_name(SUITE), {"stages": {"graph_parity": {"rows": rows}}})
     fake_trainer(monkeypatch, lambda flags: [1.0] * 10)
-    measure_long_run(results, dry_run=False)
+    measure_long_run(results, False, lambda images, ms: {"mfu_percent": images / ms})
     (row,) = results.rows
     assert row["parity"] == parity
     assert row["images_per_s"] == 800.0  # median of steps 6 to 10
+    assert row["mfu_percent"] == pytest.approx(0.8)  # of a step of 512 images at that rate
 
 
 def test_a_line_that_is_still_being_written_is_not_read(tmp_path):
