@@ -18,6 +18,7 @@ def test_a_named_gpu_and_a_ranks_own_become_the_current_device(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(device.index))
     monkeypatch.setenv("WORLD_SIZE", "1" if local_rank is None else "2")
+    monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", str(local_rank))
     device = rank_device(name)
     assert device.type == "cuda" and chosen == current
