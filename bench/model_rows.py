@@ -177,7 +177,9 @@ def _measure_alone(
     why = setup.why_not(torch.device("cuda") if dry_run else device)
     if dry_run and (setup.compile or setup.captured):
         why = "a dry run compiles and captures nothing"
-    columns = {"what": title, "preset": setup.preset, "impl": setup.label}
+    columns: dict[str, Any] = {"what": title, "preset": setup.preset, "impl": setup.label}
+    if what == "training step":
+        columns["dropout"] = setup.config().dropout
     if why:
         results.add(shown, **columns, why_not=why)
         return
