@@ -58,6 +58,14 @@ def figures(
     return {"images_per_s": float(f"{1e3 * images / ms:.5g}"), **shares}
 
 
+def shares_of(row: dict[str, Any], ceilings: Ceilings, *, tiny: bool) -> dict[str, float]:
+    """A row's MFU and share of the floor by other ceilings than it was added with."""
+    config = Setup(net="ours", preset=row["preset"]).config(tiny)
+    element_bytes = 2 if " bf16" in row["impl"] else 4
+    work = work_of(config, side_of(tiny))
+    return work.shares(row["what"], row["batch"], row["ms"], element_bytes, ceilings)
+
+
 def measure_group(
     setups: Iterable[Setup],
     what: str,
@@ -177,7 +185,9 @@ def _measure_alone(
     why = setup.why_not(torch.device("cuda") if dry_run else device)
     if dry_run and (setup.compile or setup.captured):
         why = "a dry run compiles and captures nothing"
-    columns = {"what": title, "preset": setup.preset, "impl": setup.label}
+    columns: dict[str, Any] = {"what": title, "preset": setup.preset, "impl": setup.label}
+    if what == "training step":
+        columns["dropout"] = setup.config().dropout
     if why:
         results.add(shown, **columns, why_not=why)
         return

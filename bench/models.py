@@ -37,6 +37,7 @@ class Setup:
     channels_last  memory of activations and weights; else NCHW
     captured       the whole training step as one CUDA graph
     recompute      ours only: what backward makes again instead of keeping it
+    dropout        None: the preset's, 0.1 of both
     """
 
     preset: str = "cifar10"
@@ -46,6 +47,7 @@ class Setup:
     channels_last: bool = True
     captured: bool = False
     recompute: str | None = None
+    dropout: float | None = None
 
     @property
     def label(self) -> str:
@@ -73,7 +75,10 @@ class Setup:
 
     def config(self, tiny: bool = False) -> UNetConfig:
         """tiny: small enough for a test; never all zeros, as a preset's new net is"""
-        return preset(self.preset, **(TINY if tiny else {}), init="torch")
+        changes = (TINY if tiny else {}) | (
+            {} if self.dropout is None else {"dropout": self.dropout}
+        )
+        return preset(self.preset, **changes, init="torch")
 
     def why_not(self, device: torch.device) -> str:
         """Why it cannot run here; "" if it can."""
@@ -246,9 +251,13 @@ def under_names_of(
     return weights_for_diffusers(config, weights) if net == "diffusers" else dict(weights)
 
 
-@functools.lru_cache(maxsize=1)
 def weights_of(config: UNetConfig) -> dict[str, Tensor]:
     """Random ones, also of the norms, whose ones and zeros would hide a mistake."""
+    return _weights_of(replace(config, dropout=0.0))  # which changes none
+
+
+@functools.lru_cache(maxsize=1)
+def _weights_of(config: UNetConfig) -> dict[str, Tensor]:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         net = UNet.from_config(config)

@@ -60,9 +60,8 @@ class Suite:
                 lines.append(f"stage {stage}: {found['status']}")
             if "copy_gb_s" in found:
                 copy, matmul = found["copy_gb_s"], found["matmul_tflop_s"]
-                lines.append(
-                    f"ceilings: copy {copy:,.0f} GB/s, matrix product {matmul:,.0f} TFLOP/s"
-                )
+                when = "ceilings" if stage == "ceilings" else f"ceilings after {stage}, the larger"
+                lines.append(f"{when}: copy {copy:,.0f} GB/s, matrix product {matmul:,.0f} TFLOP/s")
             if stage in ("build", "tests", "graph_parity"):
                 named = [row for row in found["rows"] if row.get("found") or row.get("why_not")]
                 lines += [f"{row['name']}: {row.get('found') or row['why_not']}" for row in named]

@@ -341,6 +341,19 @@ def test_the_truth_is_fp64_of_the_plain_net():
     assert all(gradient.abs().max() > 0 for gradient in gradients.values())
 
 
+def test_a_training_steps_dropout_is_in_its_name_and_in_its_net():
+    from bench import test_model
+
+    names = [each.id for each in test_model.ROWS if each.id.startswith("training step")]
+    assert names and all(" dropout 0" in name for name in names)
+    if not torch.cuda.is_available():
+        assert "training step seed-cifar10 dropout 0.1 ours eager fp32" in names
+        assert "training step seed-cifar10 dropout 0 ours eager fp32" in names
+    for dropout, of_net in ((None, 0.1), (0.0, 0.0), (test_model.DROPOUT, 0.1)):
+        setup = replace(EAGER[0], dropout=dropout)
+        assert setup.config().dropout == setup.config(tiny=True).dropout == of_net
+
+
 def test_the_ratio_table_fits_eighty_columns():
     ratio = Ratio("training step seed-cifar10 batch 4", "ours eager fp32", "diffusers eager fp32",
                   speedup=1.114, speedup_q20=1.08, speedup_q80=1.13, pairs=15)  # fmt: skip

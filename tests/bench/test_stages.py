@@ -138,6 +138,44 @@ def test_what_is_not_installed_is_the_first_row(results, monkeypatch):
     assert results.rows[0] == {"name": "packages", "found": "missing: tyro, nvidia-ml-py"}
 
 
+def test_shares_of_the_floor_are_by_the_larger_ceilings_of_before_and_after(results, monkeypatch):
+    """Those of kernels by their rates, those of nets as they would have been counted with them."""
+    after = Ceilings(copy_gb_s=20.0, matmul_tflop_s=0.05)
+    monkeypatch.setattr(stages.bench_ceilings, "measure", lambda device, tiny: (after, []))
+
+    def add(results, *_):
+        setup = Setup(net="ours", bf16=False)
+        results.add("red", impl="other", why_not="parity: red")
+        model = model_rows.Model(setup, CPU, 2, tiny=True)
+        samples = model_rows.Samples((50.0,))
+        columns = model_rows.figures(model, "forward", samples, CEILINGS)
+        results.add("net", what="forward", preset="cifar10", impl=setup.label, batch=2, ms=50.0,
+                    **columns)  # fmt: skip
+        by_larger.update(model_rows.figures(model, "forward", samples, Ceilings(20.0, 0.1)))
+
+    by_larger = {}
+    monkeypatch.setattr(stages, "read_ceilings", lambda *_: CEILINGS)
+    monkeypatch.setattr(model_rows, "measure_models", add)
+    stages.run_models(results, CPU, dry_run=True)
+    red, net = results.rows
+    assert "percent_of_floor" not in red
+    assert net["percent_of_floor"] == by_larger["percent_of_floor"]
+    assert net["mfu_percent"] == by_larger["mfu_percent"]
+    assert results.data["copy_gb_s"] == 20.0 and results.data["matmul_tflop_s"] == 0.1
+    row = dict(name="k", impl="ours", gb_s=10.0, percent_of_floor=100.0)
+    results.rows[:] = [row]
+    monkeypatch.setattr(kernels, "SPECS", [SimpleNamespace(name="a", cases=[])])
+    stages.run_kernels(results, CPU, dry_run=True)
+    assert row["percent_of_floor"] == 50.0
+
+
+def test_a_stage_refers_to_the_largest_ceilings_that_were_found_before_it(results):
+    found = {"ceilings": dict(copy_gb_s=1.0, matmul_tflop_s=2.0), "tests": {},
+             "kernels": dict(copy_gb_s=3.0, matmul_tflop_s=1.0)}  # fmt: skip
+    write_json(results.path.with_name(SUITE), {"stages": found})
+    assert stages.read_ceilings(results, CPU, True) == Ceilings(3.0, 2.0)
+
+
 TESTS = """
 import pytest
 
