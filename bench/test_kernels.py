@@ -29,6 +29,8 @@ SECONDS = 0.5 if ON_GPU else 0.1  # for a figure
 # Of the CPU's own kernels: also at 256x3x32x32 there, a training batch, with all threads.
 CPU_KERNELS = ("philox_normal", "q_sample", "posterior_step")
 CPU_ELEMENTS = 256 * 3 * 32 * 32
+# Rounds of the references at that size: a call takes up to seconds, ours milliseconds
+SLOW_ROUNDS = 3
 
 TIMED = (*SPECS, block_spec.SPEC)
 CASES = {(spec.name, case.name): (spec, case) for spec in TIMED for case in spec.cases}
@@ -38,6 +40,11 @@ def runs_here(spec: KernelSpec, case: Case) -> bool:
     if ON_GPU or case.small:
         return case.small != ON_GPU
     return spec.name in CPU_KERNELS and math.prod(case.values["shape"]) <= CPU_ELEMENTS
+
+
+def rounds(case: Case, label: str) -> int | None:
+    """None: as many as SECONDS hold."""
+    return None if ON_GPU or case.small or label != "eager" else SLOW_ROUNDS
 
 
 ROWS = [
@@ -94,7 +101,9 @@ def test_kernel(spec, case, which, cache, label, device, ceilings, record):
         pytest.fail(f"no figure for {label}: {wrong}")
     cold = cache == "cold"
     calls = kernel_rows.calls_for(spec, subject.run, case.values, dtype, device, which, cold=cold)
-    samples = time_in_turns({label: calls}, device, seconds=SECONDS, cold=cold)[label]
+    samples = time_in_turns(
+        {label: calls}, device, seconds=SECONDS, repeats=rounds(case, label), cold=cold
+    )[label]
     group = f"{spec.name} {case.name} {str(dtype).removeprefix('torch.')} {which} {cache}"
     figures = kernel_rows.figures(spec, case.values, dtype, which, samples, ceilings)
     record(group, label, samples, figures)
