@@ -18,8 +18,8 @@ WARPS_READ_AGAIN = 8
 # 69 MB by 64. Speed: not yet measured.
 CHANNELS_READ_AGAIN = {"forward": (64,), "backward": (32, 64)}
 # Two programs of 8 warps an SM. Triton 3.6 took up to 163 (backward with dropout), which leaves
-# one, and spills nothing under this on sm_80, 90 and 100 in 16 bits and channels_last; fp32 and
-# NCHW would spill. Speed: not yet measured.
+# one, and spills nothing under this on sm_80 and 90 in 16 bits and channels_last; fp32 and NCHW
+# would, and so does Triton 3.9 on sm_100. Speed: not yet measured.
 REGISTERS_READ_AGAIN = 128
 MOST_PER_THREAD = 64
 SECTOR_BYTES = 32
@@ -68,7 +68,7 @@ def make_plan(
     splits, span = _splits(n * blocks, hw, block_hw)
     block_hw = min(block_hw, power_of_two(span))
     tile = block_hw * power_of_two(groups * cpg)
-    held = splits == 1 and block_hw < hw and itemsize == 2
+    held = splits == 1 and block_hw < hw and itemsize == 2 and arch < 100
     return Plan(
         CPG=cpg,
         GROUPS=groups,
