@@ -29,7 +29,7 @@ ON_GPU = torch.cuda.is_available()
 BATCH = 256 if ON_GPU else 4
 DDIM_STEPS = 10 if ON_GPU else 2
 SECONDS = 2.0  # for a group's figures
-TARGET_PAIRS, OTHER_PAIRS = 15, 5  # on a CPU
+TARGET_PAIRS, OTHER_PAIRS = 15, 3  # on a CPU
 PRESETS = ("seed-cifar10", "cifar10")
 DROPOUT = 0.1  # the presets'
 
