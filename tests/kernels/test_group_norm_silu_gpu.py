@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ddpm_fast.kernels import group_norm_silu as kernel
-from tests.kernels.test_group_norm_silu import EVERYTHING, SPEC, check, results
+from tests.kernels.group_norm_silu_cases import EVERYTHING, SPEC, check, results
 
 pytestmark = [
     pytest.mark.gpu,

@@ -1,0 +1,58 @@
+"""What group_norm_silu's test files share: cases, results and gradients, how near is near."""
+
+import torch
+
+from ddpm_fast.kernels import group_norm_silu as kernel
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SPEC = kernel.SPEC
+SMALL = [case for case in SPEC.cases if case.small]
+# Large enough for the statistics to be cut up, for a concat seam inside a group, and odd.
+EVERYTHING = dict(
+    n=2, c1=20, c2=4, hw=49, groups=2, scale=True, shift=True, add=True, residual=True, dropout=0.3
+)
+
+
+def doubled(inputs):
+    """The same inputs as fp64 leaves."""
+    return {
+        name: v.detach().double().requires_grad_() if is_leaf(v) else v
+        for name, v in inputs.items()
+    }
+
+
+def is_leaf(value):
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def results(function, inputs, seed=0):
+    """Outputs and gradients, by name, for random output gradients."""
+    outputs = function(**inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    loss = 0
+    for y in outputs:
+        dy = torch.randn(y.shape, generator=generator, device=DEVICE).to(inputs["x"].dtype)
+        loss = loss + (y.double() * dy.double()).sum()
+    loss.backward()
+    found = dict(zip(("y", "sum"), outputs, strict=False))
+    found |= {f"d{name}": v.grad for name, v in inputs.items() if is_leaf(v)}
+    return {name: value.detach() for name, value in found.items()}
+
+
+def distances(inputs):
+    """Relative L2 distance of each output and gradient of our kernel to the fp64 reference."""
+    expected = results(SPEC.reference, doubled(inputs))
+    found = results(SPEC.fused, inputs)
+    assert found.keys() == expected.keys()
+    return {
+        name: ((found[name].double() - e).norm() / e.norm().clamp_min(1e-30)).item()
+        for name, e in expected.items()
+    }
+
+
+def check(values, dtype, seed=0, tolerance=None):
+    inputs = SPEC.make_inputs(values, dtype, DEVICE, seed)
+    far = distances(inputs)
+    tolerance = tolerance or SPEC.tolerance[dtype]
+    assert max(far.values()) < tolerance, far
