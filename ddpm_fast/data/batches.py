@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -10,18 +11,21 @@ from ddpm_fast.data.order import DataOrder
 from ddpm_fast.data.read_ahead import ReadAhead
 
 RESIDENT_BYTES = 8 * 2**30  # larger sets stay memory-mapped; only a batch's rows are copied
+UPLOAD_BYTES = 64 * 2**20  # of a resident set at a time, so that no rank copies all of it on a host
 
 
 class Batches:
     """Batches as functions of (seed, step): `load(step)` fills x_0, rows and y.
 
-    images      the set; up to RESIDENT_BYTES of pixels live on `device` as uint8
+    images      the set; up to RESIDENT_BYTES of pixels live as uint8 on the GPU, or stay in
+                memory. Of a larger set, or a memory-mapped one on a CPU, only the rows of this
+                rank's batches are ever read, ahead of the step that needs them
     batch_size  B, images a step and rank;  seed  the run's
     rank, world_size  this rank's rows are B from B * rank on, of the B * world_size of a step
     use_labels  give classes too; ValueError if the set has none
 
-    x_0   (M, C, H, W) uint8, the whole set; of a larger set only the batch, (B, C, H, W)
-    rows  (B,) int64: which of x_0 the batch is; None for a larger set: all, in order
+    x_0   (M, C, H, W) uint8, the whole set; if that is not resident the batch, (B, C, H, W)
+    rows  (B,) int64: which of x_0 the batch is; None if x_0 is the batch, in order
     y     (B,) int64 classes, or None
     """
 
@@ -44,15 +48,17 @@ class Batches:
         self.images, self.batch_size, self.device = images, batch_size, device
         self.first_index, self.global_batch_size = batch_size * rank, batch_size * world_size
         self._order = DataOrder(len(images.images), seed)
-        resident = images.images.nbytes <= RESIDENT_BYTES
-        shape = (batch_size, *images.images.shape[1:])
-        self.x_0 = (
-            torch.from_numpy(images.images.copy()).to(device)
-            if resident
-            else torch.empty(shape, dtype=torch.uint8, device=device)
-        )
-        self.rows = self._index_buffer() if resident else None
         on_cuda = device.type == "cuda"
+        mapped = isinstance(images.images, np.memmap)
+        resident = images.images.nbytes <= RESIDENT_BYTES and (on_cuda or not mapped)
+        if not resident:
+            shape = (batch_size, *images.images.shape[1:])
+            self.x_0 = torch.empty(shape, dtype=torch.uint8, device=device)
+        elif on_cuda:
+            self.x_0 = _uploaded(images.images, device)
+        else:
+            self.x_0 = _in_order(images.images)
+        self.rows = self._index_buffer() if resident else None
         self._ahead = None if resident else ReadAhead(images.images, self._rows_of, pinned=on_cuda)
         self.y = self._index_buffer() if use_labels else None
         self._labels = torch.from_numpy(images.labels) if use_labels else None  # on the host
@@ -85,3 +91,17 @@ class Batches:
             buffer.copy_(values if values.is_pinned() else values.pin_memory(), non_blocking=True)
         else:
             buffer.copy_(values)
+
+
+def _in_order(images: np.ndarray) -> Tensor:
+    """The set as a tensor: the same memory, unless it has to be brought into order."""
+    return torch.from_numpy(np.require(images, requirements=("C", "W")))
+
+
+def _uploaded(images: np.ndarray, device: torch.device) -> Tensor:
+    """The set on a device, by way of a small piece of the host's memory."""
+    uploaded = torch.empty(images.shape, dtype=torch.uint8, device=device)
+    rows = max(1, UPLOAD_BYTES // images[0].nbytes)
+    for at in range(0, len(images), rows):
+        uploaded[at : at + rows].copy_(torch.from_numpy(np.array(images[at : at + rows])))
+    return uploaded

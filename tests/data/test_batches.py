@@ -81,18 +81,56 @@ def test_buffers_keep_their_addresses_and_the_set_is_not_written_to():
     assert torch.equal(loader.x_0, torch.from_numpy(image_set().images))
 
 
-def test_a_set_too_large_to_be_resident_gives_the_same_batches(tmp_path, monkeypatch):
-    stored = image_set(channels=3).images
-    np.save(tmp_path / "images.npy", stored)
-    mapped = image_set(images=np.load(tmp_path / "images.npy", mmap_mode="r"))
-    resident = make(image_set(images=stored), use_labels=True)
-    monkeypatch.setattr(batches, "RESIDENT_BYTES", 0)
-    streamed = make(mapped, use_labels=True)
+@pytest.fixture
+def mapped(tmp_path):
+    np.save(tmp_path / "images.npy", image_set(channels=3).images)
+    return image_set(images=np.load(tmp_path / "images.npy", mmap_mode="r"))
+
+
+@pytest.mark.parametrize("large", [True, False])
+def test_a_set_that_is_large_or_mapped_gives_the_same_batches(mapped, large, monkeypatch):
+    stored = image_set(channels=3)
+    resident = make(stored, use_labels=True)
+    if large:
+        monkeypatch.setattr(batches, "RESIDENT_BYTES", 0)
+    streamed = make(stored if large else mapped, use_labels=True)
     assert resident.rows is not None and streamed.rows is None
     assert streamed.x_0.shape == (8, 3, 4, 6)
     for step in (0, 1, 2, 3, 9, 8, 10):  # read ahead or not
         for a, b in zip(batch(resident, step), batch(streamed, step), strict=True):
             assert torch.equal(a, b)
+
+
+def test_of_a_mapped_set_a_rank_reads_the_rows_of_its_share_and_no_others(mapped):
+    loader, read = make(mapped, batch_size=4, rank=1, world_size=2), []
+    select = loader._ahead._images.index_select
+
+    class Noting:
+        def index_select(self, axis, rows):
+            read.extend(rows.tolist())
+            return select(axis, rows)
+
+    loader._ahead._images = Noting()
+    for step in range(3):
+        loader.load(step)
+    loader._ahead._threads.shutdown()
+    order = DataOrder(40, 3)
+    share = [order.rows(8 * step + 4, 4).tolist() for step in range(5)]  # two are read ahead
+    assert sorted(read) == sorted(sum(share, []))
+
+
+def test_a_set_in_memory_is_not_copied_for_a_cpu():
+    stored = image_set()
+    assert make(stored).x_0.data_ptr() == stored.images.ctypes.data
+    channels_last = np.zeros((40, 4, 6, 3), np.uint8).transpose(0, 3, 1, 2)
+    assert make(image_set(images=channels_last)).x_0.is_contiguous()  # as q_sample takes it
+
+
+@pytest.mark.parametrize("upload_bytes", [1, 1000, 1 << 20])
+def test_a_set_reaches_a_device_whole_in_pieces(mapped, upload_bytes, monkeypatch):
+    monkeypatch.setattr(batches, "UPLOAD_BYTES", upload_bytes)
+    uploaded = batches._uploaded(mapped.images, CPU)
+    assert torch.equal(uploaded, torch.from_numpy(np.array(mapped.images)))
 
 
 @pytest.mark.parametrize("resident", [True, False])
