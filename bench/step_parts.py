@@ -168,7 +168,11 @@ def _q_sample(device: torch.device, tiny: bool) -> list[Part]:
 def _optimizer(device: torch.device, tiny: bool) -> list[Part]:
     """Clip, AdamW and EMA by torch's kernels, and in one pass; 36 bytes a parameter the floor."""
     size = (10_000 if tiny else PARAMETERS) // 300
-    steps = {"fused + foreach": _torchs_step, "FusedAdamW": _fused_step}
+    steps = {
+        "fused + foreach": _foreach_step,
+        "fused, as the trainer": _trainers_step,
+        "FusedAdamW": _fused_step,
+    }
     ways, results = {}, {}
     for way, make in steps.items():
         generator = torch.Generator().manual_seed(0)
@@ -186,13 +190,27 @@ def _optimizer(device: torch.device, tiny: bool) -> list[Part]:
     return [Part(name, ways, results, OPTIMIZER)]
 
 
-def _torchs_step(parameters: list[Tensor], averages: list[Tensor]) -> Call:
+def _foreach_step(parameters: list[Tensor], averages: list[Tensor]) -> Call:
+    """With a share of the average that the host knows: not to be captured while it changes."""
+    return _torchs_step(
+        parameters, lambda weights: torch._foreach_lerp_(averages, weights, EMA_WEIGHT)
+    )
+
+
+def _trainers_step(parameters: list[Tensor], averages: list[Tensor]) -> Call:
+    from ddpm_fast.ema import move_averages
+
+    share = torch.tensor(EMA_WEIGHT, device=parameters[0].device)
+    return _torchs_step(parameters, lambda weights: move_averages(averages, weights, share))
+
+
+def _torchs_step(parameters: list[Tensor], average: Callable[[list[Tensor]], None]) -> Call:
     optimizer = torch.optim.AdamW(parameters, fused=True)
 
     def step() -> None:
         torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM, foreach=True)
         optimizer.step()
-        torch._foreach_lerp_(averages, [each.detach() for each in parameters], EMA_WEIGHT)
+        average([each.detach() for each in parameters])
 
     return step
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from ddpm_fast.ema import move_averages
 from ddpm_fast.kernels.adamw_ema_launch import Numbers, Tables
 from ddpm_fast.kernels.impl import chosen_impl
 from ddpm_fast.kernels.target import why_not_fused
@@ -250,7 +251,7 @@ class FusedAdamW(torch.optim.AdamW):
                 )  # fmt: skip
         for k, weight in enumerate((ema_weights * applied).unbind()):
             averages, weights = [row[5 + k] for _, row in rows], [row[0] for _, row in rows]
-            torch._foreach_lerp_(averages, weights, [weight] * len(rows))
+            move_averages(averages, weights, weight)
 
 
 def _capturing(device: torch.device) -> bool:

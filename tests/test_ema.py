@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from ddpm_fast import EMA
+from ddpm_fast import ema as ema_module
+from ddpm_fast.ema import move_in_one_launch
 
 
 def net(seed=0):
@@ -119,6 +121,43 @@ def test_saved_and_loaded_it_goes_on_bitwise():
     assert other.updates == ema.updates == 4
     for name, value in ema.state_dict().items():
         assert torch.equal(other.state_dict()[name], value)
+
+
+@pytest.fixture(params=["cpu", "gpu"])
+def moved_as_on(request, monkeypatch):
+    """What a GPU does is one call of torch that a CPU knows as well."""
+    if request.param == "gpu":
+        monkeypatch.setattr(torch, "_foreach_lerp_", None)
+        monkeypatch.setattr(ema_module, "move_averages", move_in_one_launch)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_moved_by_a_share_on_the_device_is_as_updated_and_not_counted(layout, moved_as_on):
+    module = net().to(memory_format=layout)
+    ema = EMA(module, 0.9)
+    before = [average.clone() for average in ema.net.parameters()]
+    move(module, 0)
+    with torch.no_grad():
+        ema.move(module, torch.tensor(ema.next_weight))
+    assert ema.updates == 0
+    for average, old, new in zip(ema.net.parameters(), before, module.parameters(), strict=True):
+        torch.testing.assert_close(average, torch.lerp(old, new, 0.1), rtol=1e-6, atol=1e-7)
+
+
+def test_moved_by_a_share_of_0_stays_whatever_the_weights_hold(moved_as_on):
+    module = net()
+    ema = EMA(module)
+    before = {name: value.clone() for name, value in ema.state_dict().items()}
+    with torch.no_grad():
+        module[0].weight.fill_(float("nan"))
+        ema.move(module, torch.tensor(0.0))
+    assert all(torch.equal(before[name], value) for name, value in ema.state_dict().items())
+
+
+def test_averages_of_another_layout_are_not_moved():
+    ema = EMA(net())
+    with pytest.raises(ValueError, match="an average has strides"):
+        ema.move(net().to(memory_format=torch.channels_last), torch.tensor(0.1))
 
 
 def test_names_are_the_nets_own():

@@ -32,7 +32,9 @@ def test_every_part_has_a_first_way_and_others_of_the_same_result(results, once)
     both = [False, True]
     assert [compared for _, compared in ways["upsample"]] == both * 2  # forward, backward
     assert ways["first"] == [("plain", False), ("padded to 8 channels", True)] * 2
-    assert ways["clip,"] == [("fused + foreach", False), ("FusedAdamW", True)]
+    assert ways["clip,"] == [
+        ("fused + foreach", False), ("fused, as the trainer", True), ("FusedAdamW", True),
+    ]  # fmt: skip
     assert ways["q_sample"] == [("plain", False), ("ours", True)]
 
 
@@ -50,7 +52,7 @@ def test_a_way_that_computes_something_else_has_no_figure(results, once, monkeyp
 
 def test_an_optimizer_that_leaves_the_averages_is_red(monkeypatch):
     def without(parameters, averages):
-        return step_parts._torchs_step(parameters, [each.clone() for each in averages])
+        return step_parts._foreach_step(parameters, [each.clone() for each in averages])
 
     monkeypatch.setattr(step_parts, "_fused_step", without)
     (part,) = step_parts._optimizer(CPU, True)
