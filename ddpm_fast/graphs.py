@@ -22,6 +22,8 @@ class CapturedCall:
     device  a CUDA device; on any other `run` is called each time
     why_not a reason never to capture it
     warm_up_calls  so many calls come before the capture
+    agreed  given whether this process could capture it, says whether all have that must replay
+            together
 
     `why_not` says why there is no graph, or is None; `captured` whether there is one.
     """
@@ -33,9 +35,10 @@ class CapturedCall:
         *,
         why_not: str | None = None,
         warm_up_calls: int = WARM_UP_CALLS,
+        agreed: Callable[[bool], bool] = bool,
     ) -> None:
         self._run = weakref.WeakMethod(run) if inspect.ismethod(run) else lambda: run
-        self._device, self._warm_up_calls = device, warm_up_calls
+        self._device, self._warm_up_calls, self._agreed = device, warm_up_calls, agreed
         self._graph: torch.cuda.CUDAGraph | None = None
         self._failed_graph: torch.cuda.CUDAGraph | None = None
         self._stream: torch.cuda.Stream | None = None
@@ -100,8 +103,13 @@ class CapturedCall:
             self._failed_graph = graph  # the allocator may go on asking it about its stream
             torch.cuda.synchronize(self._device)
             self.why_not = str(error).strip().partition("\n")[0]
+            self._agreed(False)
         else:
-            self._graph = graph
+            if self._agreed(True):
+                self._graph = graph
+            else:
+                graph.reset()
+                self.why_not = "another process could not capture it"
 
 
 def _record(graph: torch.cuda.CUDAGraph, run: Callable[[], None]) -> None:

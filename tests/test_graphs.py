@@ -117,6 +117,25 @@ def test_after_a_capture_that_was_invalidated_the_first_reason_is_told_and_the_s
     assert cuda.graphs[0]() is not None, "the allocator still asks it"
 
 
+@pytest.mark.parametrize("mine, others", [(True, True), (True, False), (False, True)])
+def test_a_graph_is_replayed_if_all_processes_have_one(cuda, mine, others):
+    asked = []
+
+    def run():
+        cuda.see("run")
+        if not mine and cuda.names()[-2:-1] == ["begin"]:
+            raise RuntimeError("not here")
+
+    call = CapturedCall(run, CUDA_1, agreed=lambda ok: asked.append(ok) or (ok and others))
+    for _ in range(5):
+        call()
+    assert asked == [mine]
+    assert call.captured == (mine and others)
+    assert cuda.names()[-2:] == (["replay"] if call.captured else ["run"]) * 2
+    told = None if call.captured else "another process could not capture it"
+    assert call.why_not == (told if mine else "not here")
+
+
 def test_an_error_of_another_kind_ends_the_capture_and_is_raised(cuda):
     def run():
         if cuda.names()[-1:] == ["begin"]:

@@ -111,7 +111,8 @@ class TrainConfig:
     force_compile: bool = False
     """compile also on CPU, and stop if it fails"""
     cuda_graph: Literal["auto", "on", "off"] = "auto"
-    """replay the step as one CUDA graph; auto: where it can be captured, on: or stop"""
+    """replay the step as a CUDA graph; auto: as one, or as two around what processes send; on: as
+    one, or stop"""
     deterministic: bool = False
     """on CUDA, only cuDNN algorithms that give the same bits each time, instead of the fastest"""
     grad_compression: Literal["none", "bf16"] = "none"

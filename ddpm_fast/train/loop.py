@@ -108,7 +108,7 @@ def _train(invocation: Invocation, device: torch.device, world: World) -> None:
                 run.train_step, lambda: f"after step {run.step}", resumed=invocation.resume
             ):
                 run.steps(stop)
-            train_step.call.forget()  # its collectives would keep the ranks from parting
+            train_step.forget_graphs()  # their collectives would keep the ranks from parting
             if run.step < config.iterations:
                 display.say(
                     f"stopped by {stop[0]} after step {run.step}; checkpoint saved; continue with: "
@@ -338,7 +338,7 @@ class Run:
 
     def _count(self, steps: int, seconds: float) -> None:
         """An interval's share in images_per_s: none of the first, nor of one with the capture."""
-        captured = self.train_step.call.captured
+        captured = self.train_step.captured
         if self._warm == captured:
             self._trained_steps += steps
             self._trained_s += seconds
@@ -373,16 +373,23 @@ class Run:
         if self._compiled_graphs and compiled_graphs() > self._compiled_graphs:
             self._compiled_graphs = compiled_graphs()
             self.display.say(f"warning: compiled again, {self._compiled_graphs} graphs by now")
-        call = self.train_step.call
-        if self.device.type != "cuda" or self._told_graph or self.config.cuda_graph == "off":
-            return
-        if call.captured:
+        if self.device.type == "cuda" and not self._told_graph and self.config.cuda_graph != "off":
+            self._told_graph = self._tell_graph()
+
+    def _tell_graph(self) -> bool:
+        """How the step is launched; False while it warms up."""
+        train_step, why_not = self.train_step, self.train_step.call.why_not
+        if train_step.captured and train_step.halved:
+            self.display.say(f"the step is two CUDA graphs around what the ranks send: {why_not}")
+        elif train_step.captured:
             self.display.say("the step is one CUDA graph")
-        elif call.why_not is not None:
-            if self.config.cuda_graph == "on":
-                raise TrainingError(f"--cuda-graph on: the step cannot be captured: {call.why_not}")
-            self.display.say(f"no CUDA graph, each step is launched anew: {call.why_not}")
-        self._told_graph = call.captured or call.why_not is not None
+        elif self.config.cuda_graph == "on" and why_not is not None:
+            raise TrainingError(f"--cuda-graph on: the step cannot be captured: {why_not}")
+        elif why_not := train_step.why_no_graph:
+            self.display.say(f"no CUDA graph, each step is launched anew: {why_not}")
+        else:
+            return False
+        return True
 
     def _check_finite(self) -> None:
         if not self.train_step.healthy.item():

@@ -40,7 +40,7 @@ def advice(train_step: TrainStep, *, resumed: bool) -> str:
 
 def largest_part_that_fits(train_step: TrainStep, tried: int) -> int | None:
     """The first of tried // 2, tried // 4, ..., 1 whose forward and backward pass fits."""
-    train_step.call.forget()  # its graph's memory
+    train_step.forget_graphs()  # their memory
     while tried > 1:
         tried //= 2
         _free(train_step)

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from ddpm_fast.data.batches import Batches
 from ddpm_fast.diffusion.process import Diffusion
@@ -19,6 +20,7 @@ from ddpm_fast.graphs import WARM_UP_CALLS, CapturedCall
 from ddpm_fast.nn.unet import UNet
 from ddpm_fast.optimizer import learning_rate_at
 from ddpm_fast.train.config import TrainConfig
+from ddpm_fast.train.flat_gradients import FlatGradients
 
 # DDP rebuilds its buckets and gathers statistics in the first ten.  PyTorch's notes on CUDA graphs
 DDP_WARM_UP_CALLS = 11
@@ -34,8 +36,8 @@ class TrainStep:
     loss, grad_norm  () fp32: the last step's
     healthy          () bool: all steps were finite, or skipped;  skipped  () int64: how many were
     These stay on the device until somebody reads them. A step whose loss or gradient is not finite
-    changes no weight nor running statistic. Where such steps are skipped (config.on_nan) it changes
-    no average either; where not, no later step changes a weight.
+    changes no weight, average or running statistic, nor does a later one unless such steps are
+    skipped (config.on_nan).
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class TrainStep:
         self.parameters = list(net.parameters())
         norms = [m for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)]
         self._statistics = [statistic for norm in norms for statistic in norm.buffers()]
+        self._old_statistics = [statistic.clone() for statistic in self._statistics]
         device = batches.device
         self.rng = torch.tensor([config.seed, 0, 0], device=device)  # seed, step, first_index
         self.loss = torch.zeros((), device=device)
@@ -68,16 +71,18 @@ class TrainStep:
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self._refused = torch.zeros((), device=device)
         optimizer.found_inf = self._refused  # fused optimizers leave all as it is where 1
-        self._averages_itself = isinstance(optimizer, FusedAdamW)
-        # of the new weights in each average, for FusedAdamW
+        # the new weights' share in each average; 0 where no update is due
         self._ema_weights = torch.zeros(len(emas), device=device)
         size = batches.batch_size // config.grad_accumulation
         self._parts = [slice(at, at + size) for at in range(0, batches.batch_size, size)]
         self._forward_times: list[tuple] = []  # (start, end) of each part's forward pass
+        off = "--cuda-graph off" if config.cuda_graph == "off" else None
         self.call = CapturedCall(
-            self._run, device, why_not=self._why_no_graph(),
+            self._run, device, why_not=off, agreed=lambda mine: not world.any(not mine),
             warm_up_calls=WARM_UP_CALLS if world.size == 1 else DDP_WARM_UP_CALLS,
         )  # fmt: skip
+        self._gradients: FlatGradients | None = None  # of a step in two halves
+        self._halves: tuple[CapturedCall, ...] = ()
 
     def __call__(self, step: int) -> None:
         """Run step number `step`, counted from 0."""
@@ -85,43 +90,102 @@ class TrainStep:
         self.rng[1].fill_(step)  # a launch, where copying from the host would wait
         self._set_learning_rate(self.learning_rate(step))
         due = (step + 1) % self.config.ema_update_rate == 0
-        if self._averages_itself:
-            for weight, ema in zip(self._ema_weights.unbind(), self.emas, strict=True):
-                weight.fill_(ema.next_weight if due else 0.0)
-        self.call()
+        for weight, ema in zip(self._ema_weights.unbind(), self.emas, strict=True):
+            weight.fill_(ema.next_weight if due else 0.0)
+        if self._is_to_be_split():
+            self.split()
+        if self.halved:
+            self._run_in_halves()
+        else:
+            self.call()
         if due:
-            self._average()
-
-    def _average(self) -> None:
-        """Not captured: an average's decay changes."""
-        applied = self._refused == 0 if self.config.on_nan == "skip" else None
-        for ema in self.emas:
-            if self._averages_itself:
+            for ema in self.emas:
                 ema.count_update(self.net)
-            else:
-                ema.update(self.net, applied)
 
     def _run(self) -> None:
         """The step as a function of the buffers."""
-        before = [statistic.clone() for statistic in self._statistics]
-        self.optimizer.zero_grad(set_to_none=True)
+        self._compute_gradients()
+        self._share_loss()
+        self._use_gradients()
+
+    def _compute_gradients(self) -> None:
+        """This rank's; DDP adds up all ranks' while the last part's are computed."""
+        for old, statistic in zip(self._old_statistics, self._statistics, strict=True):
+            old.copy_(statistic)
+        if self._gradients is None:
+            self.optimizer.zero_grad(set_to_none=True)
+        else:
+            self._gradients.zero_()
         self.loss.zero_()
         self._forward_times.clear()
         for part in self._parts:
             with self._unsent(part is not self._parts[-1]):
                 self.backward(part)
+
+    def _share_loss(self) -> None:
         if self.world.size > 1:
             dist.all_reduce(self.loss)
             self.loss /= self.world.size
-        if self._averages_itself:
+
+    def _use_gradients(self) -> None:
+        if isinstance(self.optimizer, FusedAdamW):
             self._update_in_one_pass()
         else:
             self._update()
-        for statistic, old in zip(self._statistics, before, strict=True):
+        for statistic, old in zip(self._statistics, self._old_statistics, strict=True):
             statistic.copy_(torch.where(self._refused == 0, statistic, old))
 
+    def _is_to_be_split(self) -> bool:
+        if self.world.size == 1 or self.batches.device.type != "cuda" or self.halved:
+            return False
+        return self.config.cuda_graph == "auto" and self.call.why_not is not None
+
+    def split(self) -> None:
+        """From now on run as two graphs, between which the ranks send their gradients.
+
+        For ranks whose step cannot be one graph. Nothing is sent during the backward pass then.
+        """
+        bf16 = self.config.grad_compression == "bf16"
+        self._gradients = FlatGradients(
+            self.parameters, dist.get_world_size(), torch.bfloat16 if bf16 else None
+        )
+        if self._shares_gradients:
+            self.forward = self.forward.module
+        self._halves = tuple(
+            CapturedCall(half, self.batches.device)
+            for half in (self._compute_gradients, self._use_gradients)
+        )
+
+    def _run_in_halves(self) -> None:
+        compute, use = self._halves
+        compute()
+        self._gradients.send()
+        self._share_loss()
+        use()
+
+    @property
+    def captured(self) -> bool:
+        """Whether a step is a replay of one graph, or of two."""
+        return all(call.captured for call in self._halves or (self.call,))
+
+    @property
+    def halved(self) -> bool:
+        return bool(self._halves)
+
+    @property
+    def why_no_graph(self) -> str | None:
+        """Why all or some of the step is launched anew each time; None while that may change."""
+        if self._is_to_be_split():
+            return None
+        return next((call.why_not for call in self._halves or (self.call,) if call.why_not), None)
+
+    def forget_graphs(self) -> None:
+        """Give their memory back, and what they hold of NCCL's; the next call captures again."""
+        for call in (self.call, *self._halves):
+            call.forget()
+
     def _update(self) -> None:
-        """Clip and update by torch's own kernels."""
+        """Clip, update and average by torch's own kernels."""
         norm = torch.nn.utils.clip_grad_norm_(
             self.parameters, self.config.grad_clip or float("inf"), foreach=True
         )
@@ -130,6 +194,9 @@ class TrainStep:
         self._judge(finite)
         self._refused.copy_(~(finite & self.healthy))
         self.optimizer.step()
+        shares = self._ema_weights * (self._refused == 0)
+        for share, ema in zip(shares.unbind(), self.emas, strict=True):
+            ema.move(self.net, share)
 
     def _update_in_one_pass(self) -> None:
         """Clip, update and average; the optimizer itself refuses a gradient that is not finite."""
@@ -173,7 +240,7 @@ class TrainStep:
 
         None where it lies in a captured graph. On CUDA this waits for the device.
         """
-        if self.call.captured or not self._forward_times:
+        if self.captured or not self._forward_times:
             return None
         if self.batches.device.type == "cuda":
             self._forward_times[-1][1].synchronize()
@@ -192,14 +259,12 @@ class TrainStep:
 
     def _unsent(self, wanted: bool) -> AbstractContextManager:
         """A context in which gradients only add up on this rank."""
-        return self.forward.no_sync() if wanted and self.world.size > 1 else nullcontext()
+        return self.forward.no_sync() if wanted and self._shares_gradients else nullcontext()
 
-    def _why_no_graph(self) -> str | None:
-        if self.config.cuda_graph == "off":
-            return "--cuda-graph off"
-        if self.world.size > 1 and self.config.cuda_graph == "auto":
-            return "with several processes only --cuda-graph on captures, which is not yet measured"
-        return None
+    @property
+    def _shares_gradients(self) -> bool:
+        """Whether DDP sends them while the backward pass goes on."""
+        return isinstance(self.forward, DistributedDataParallel)
 
     def _judge(self, finite: Tensor) -> None:
         """Count a step that is not finite, or remember it for good."""

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from ddpm_fast import checkpoint
+from ddpm_fast.distributed import ALONE
 from ddpm_fast.train.__main__ import main
+from tests.distributed import two_halves
 
 FLAGS = ("--iterations", 8, "--log-every", 2, "--sample-every", 0, "--checkpoint-every", 4,
          "--dropout", 0.2, "--use-labels", "--flip", "on", "--learning-rate", 0.01,
@@ -113,3 +115,15 @@ def test_gradients_are_sent_while_the_backward_pass_goes_on_compiled_or_not(run_
         assert last_part.index("sent") < last_part.index("first_layer") - 1, last_part
         losses += [float(line.split()[1]) for line in output if line.startswith("loss")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "optimizer, how", [("adam", "eager"), ("adam", "compiled"), ("adamw-one-pass", "eager")]
+)
+def test_a_step_in_two_halves_goes_on_as_the_whole_one(run_ranks, optimizer, how):
+    """After two steps of DDP, of parts each; as one process, which needs neither."""
+    output = run_ranks(2, "-m", "tests.distributed.two_halves", optimizer, how)
+    (found,) = (json.loads(line[6:]) for line in output.splitlines() if line.startswith("found"))
+    expected = two_halves.losses(ALONE, optimizer)
+    for ours, one_process in zip(found, expected, strict=True):
+        assert ours == pytest.approx(one_process, rel=1e-5)

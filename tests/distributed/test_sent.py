@@ -1,5 +1,7 @@
 """What a step sends, and how DDP is set up for it: in a group of one rank."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,19 +11,29 @@ from ddpm_fast.distributed import World, _world_of_environment
 from ddpm_fast.errors import UsageError
 from ddpm_fast.train import setup
 from ddpm_fast.train.config import TrainConfig
+from ddpm_fast.train.flat_gradients import FlatGradients
 from tests.distributed.hook_order import SMALL
 
 
 @pytest.fixture
-def shared_step():
-    """A step of two ranks, of which this is the first; the other is not needed."""
+def make_shared_step():
+    """Make a step of two ranks, of which this is the first; the other is not needed."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    config = TrainConfig(**SMALL | {"grad_accumulation": 1})
-    images = open_images("digits", data_root=".")
-    step = setup.make_step(config, images, torch.device("cpu"), World(0, 2, 0))
-    setup.wrap_net(step, lambda line: None)
-    yield step
+
+    def make(**changes):
+        config = TrainConfig(**SMALL | {"grad_accumulation": 1, **changes})
+        images = open_images("digits", data_root=".")
+        step = setup.make_step(config, images, torch.device("cpu"), World(0, 2, 0))
+        setup.wrap_net(step, lambda line: None)
+        return step
+
+    yield make
     dist.destroy_process_group()
+
+
+@pytest.fixture
+def shared_step(make_shared_step):
+    return make_shared_step()
 
 
 def test_the_gradients_lie_in_ddps_buckets_and_its_graph_is_static(shared_step):
@@ -53,6 +65,58 @@ def test_a_step_sends_one_gradient_and_one_loss_and_never_the_averages(shared_st
         sent.clear()
         shared_step(number)
         assert sum(sent) == gradient_bytes + 4  # the loss
+
+
+def test_a_step_in_two_halves_sends_one_gradient_in_one_piece(shared_step, monkeypatch):
+    shared_step(0)
+    shared_step.split()
+    sent = []
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: sent.append(tensor.nbytes))
+    addresses = [p.grad.data_ptr() for p in shared_step.parameters]
+    for number in (1, 2):
+        sent.clear()
+        shared_step(number)
+        assert sent == [sum(p.nbytes for p in shared_step.parameters), 4]  # and the loss
+    assert [p.grad.data_ptr() for p in shared_step.parameters] == addresses  # as a graph needs it
+    assert all(p.grad.stride() == p.stride() for p in shared_step.parameters)
+
+
+def test_gradients_of_two_halves_are_rounded_on_their_way_where_asked(monkeypatch):
+    parameters = [torch.nn.Parameter(torch.ones(3, 4)), torch.nn.Parameter(torch.ones(5))]
+    gradients, sent = FlatGradients(parameters, 2, torch.bfloat16), []
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: sent.append(tensor.clone()))
+    for p in parameters:
+        p.grad += 1 / 3
+    gradients.send()
+    assert sent[0].dtype == torch.bfloat16 and sent[0].numel() == 17
+    for p in parameters:
+        assert torch.equal(p.grad, torch.full_like(p, 1 / 6).bfloat16().float())
+    gradients.zero_()
+    assert not any(p.grad.any() for p in parameters)
+
+
+@pytest.mark.parametrize(
+    "flag, device, failed, split",
+    [
+        ("auto", "cuda", True, True),
+        ("auto", "cuda", False, False),
+        ("auto", "cpu", True, False),
+        ("on", "cuda", True, False),
+        ("off", "cuda", True, False),
+    ],
+)
+def test_a_step_is_split_where_ranks_cannot_capture_it_whole(
+    make_shared_step, flag, device, failed, split
+):
+    step = make_shared_step()
+    step.config = dataclasses.replace(step.config, cuda_graph=flag)
+    step.batches.device = torch.device(device)
+    step.call.why_not = "a reason" if failed else None
+    assert step._is_to_be_split() == split
+    assert step.why_no_graph == (None if split or not failed else "a reason")
+    if split:
+        step.split()
+        assert step.halved and not step.captured and not step._is_to_be_split()
 
 
 def test_slurms_number_of_a_rank_on_its_machine_will_do(monkeypatch):

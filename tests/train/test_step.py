@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_fast.data import open_images
 from ddpm_fast.distributed import World
@@ -74,15 +75,15 @@ def test_the_one_pass_optimizer_trains_as_torchs_with_its_averages():
 def test_a_step_that_is_not_finite_changes_no_weight_and_stops_all_later_ones(
     optimizer, monkeypatch
 ):
-    step = build(optimizer=optimizer)
+    step = build(optimizer=optimizer, ema_warmup=False, ema_decay=0.9)
     step(0)
-    before = [p.detach().clone() for p in step.parameters]
+    before = state_of(step)
     with monkeypatch.context() as patch:
         poison(step, patch)
         step(1)
     step(2)
     assert not step.healthy
-    assert all(torch.equal(a, b) for a, b in zip(before, step.parameters, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, state_of(step), strict=True))
 
 
 @pytest.mark.parametrize("norm", ["gn", "bn"])
@@ -118,6 +119,26 @@ def test_a_step_that_failed_and_is_taken_again_counts_once_in_the_average(optimi
     step.call = original
     step(0)
     assert step.ema.updates == 1
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw-one-pass"])
+def test_outside_of_what_is_captured_a_step_writes_its_numbers_only(optimizer):
+    """The averages too are moved inside."""
+    step = build(optimizer=optimizer, extra_ema_decays=(0.5,), use_labels=True)
+    step(0)
+    step.call = lambda: None
+    written = []
+
+    class Written(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func._schema.is_mutable:
+                written.append(args[0].numel())
+            return func(*args, **(kwargs or {}))
+
+    with Written():
+        step(1)
+    batch = step.batches.batch_size
+    assert sorted(written) == [1, 1, 1, batch, batch]  # the step, two shares, rows and classes
 
 
 def test_a_captured_step_would_find_every_buffer_where_it_was():

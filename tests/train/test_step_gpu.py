@@ -2,11 +2,15 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import ddpm_fast as df
+from ddpm_fast import distributed
 from ddpm_fast.data import open_images
+from ddpm_fast.distributed import ALONE, World
 from ddpm_fast.train.config import TrainConfig
 from ddpm_fast.train.setup import make_step, wrap_net
+from ddpm_fast.train.step import DDP_WARM_UP_CALLS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -21,15 +25,33 @@ def deterministic(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
 
 
-def run(**changes):
+def make(world=ALONE, **changes):
     config = TrainConfig(**{"dropout": 0.1, "device": "cuda", **changes})
-    step = make_step(config, open_images("digits", data_root="."), torch.device("cuda", 0))
+    step = make_step(config, open_images("digits", data_root="."), torch.device("cuda", 0), world)
     wrap_net(step, print)
+    return step
+
+
+def run(**changes):
+    step = make(**changes)
+    return step, train(step, STEPS)
+
+
+def train(step, steps):
     losses = []
-    for number in range(STEPS):
+    for number in range(steps):
         step(number)
         losses.append(step.loss.item())
-    return step, losses
+    return losses
+
+
+@pytest.fixture
+def first_of_two(monkeypatch):
+    """A rank that sends by NCCL, to itself alone."""
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    monkeypatch.setattr(distributed, "_host_group", [dist.new_group(backend="gloo")])
+    yield World(0, 2, 0)
+    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(
@@ -53,12 +75,30 @@ def run(**changes):
 def test_the_captured_step_is_the_eager_one_bit_for_bit(options):
     captured, losses = run(cuda_graph="on", **options)
     eager, expected = run(cuda_graph="off", **options)
-    assert captured.call.captured, captured.call.why_not
-    assert not eager.call.captured
+    assert captured.captured, captured.why_no_graph
+    assert not eager.captured
     assert losses == expected
     for one, other in zip(captured.emas, eager.emas, strict=True):
         for name, average in one.state_dict().items():
             assert torch.equal(average, other.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("options", [{}, {"grad_accumulation": 2}, {"compile": True}])
+def test_what_ranks_send_is_captured_with_the_step_or_left_between_two_graphs(
+    first_of_two, options
+):
+    steps = DDP_WARM_UP_CALLS + 4
+    eager = make(first_of_two, cuda_graph="off", **options)
+    expected = train(eager, steps)
+    whole, halves = (make(first_of_two, **options) for _ in range(2))
+    halves.call.why_not = "to compare with"
+    for step in (whole, halves):
+        losses = train(step, steps)
+        assert step.captured and step.halved == (step is halves), step.why_no_graph
+        assert losses == pytest.approx(expected, rel=1e-5)  # DDP's kernels may divide otherwise
+        for one, other in zip(step.parameters, eager.parameters, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+        step.forget_graphs()
 
 
 def test_a_captured_step_follows_the_learning_rate_and_leaves_out_what_is_not_finite():
