@@ -4,7 +4,7 @@
 #include <sys/mman.h>
 
 #include "claims.h"
-#include "cuda_on_host.cu"
+#include "cuda.cu"
 
 using namespace ddpm_fast;
 

@@ -1,4 +1,4 @@
-// Enough of CUDA for the host to run the kernels of csrc/cuda.cu: one block after the other, each of
+// Enough of CUDA for the host to run the kernels of csrc/cuda*.cuh: one block after the other, each of
 // its threads a thread of the host. Slow, and for small grids.
 #pragma once
 

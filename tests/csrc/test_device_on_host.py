@@ -1,4 +1,4 @@
-"""The kernels of csrc/cuda.cu, run by the host: bits, bounds, alignment; no GPU, no nvcc."""
+"""The kernels of csrc/cuda*.cuh, run by the host: bits, bounds, alignment; no GPU, no nvcc."""
 
 import pytest
 
@@ -19,11 +19,13 @@ CHANGES = {
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
     folder = tmp_path_factory.mktemp("device")
-    source = (CSRC / "cuda.cu").read_text()
+    sources = {path.name: path.read_text() for path in CSRC.glob("cuda*.cu*")}
     for text, on_host in CHANGES.items():
-        assert source.count(text) == 1, text
-        source = source.replace(text, on_host)
-    (folder / "cuda_on_host.cu").write_text(source)
+        (name,) = (name for name, source in sources.items() if text in source)
+        assert sources[name].count(text) == 1, text
+        sources[name] = sources[name].replace(text, on_host)
+    for name, source in sources.items():
+        (folder / name).write_text(source)
     for header in ("cuda_fp16.h", "cuda_bf16.h"):
         (folder / header).write_text('#include "device_on_host.h"\n')
     return build_program(
