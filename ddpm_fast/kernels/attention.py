@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +26,7 @@ from ddpm_fast.kernels.attention_launch import (
     launch_backward,
     launch_forward,
 )
+from ddpm_fast.kernels.autocast import kept_in
 from ddpm_fast.kernels.impl import chosen_impl
 from ddpm_fast.kernels.spec import Case, Inputs, KernelSpec, Launch
 from ddpm_fast.kernels.target import arch_of, why_no_triton, why_not_fused
@@ -131,7 +131,7 @@ def reference(qkv: Tensor, num_heads: int, scale: float | None = None) -> Tensor
     """Plain torch, in fp32 (fp64 for fp64 inputs); arguments as `attention`'s."""
     n, channels, h, w = qkv.shape
     compute = torch.float64 if qkv.dtype == torch.float64 else torch.float32
-    with torch.autocast(qkv.device.type, enabled=False):
+    with kept_in(compute, qkv.device.type):
         q, k, v = _heads(qkv.to(compute), num_heads)  # (N, heads, T, D)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         o = torch.softmax(q @ k.transpose(2, 3) * scale, dim=-1) @ v
@@ -142,19 +142,8 @@ def sdpa(qkv: Tensor, num_heads: int, scale: float | None = None) -> Tensor:
     """torch's attention on views of qkv: no copy if it is channels_last. Arguments as above."""
     h, w = qkv.shape[2:]
     q, k, v = _heads(qkv, num_heads)
-    with _own_dtype(qkv):
+    with kept_in(qkv.dtype, qkv.device.type):
         return _image(F.scaled_dot_product_attention(q, k, v, scale=scale), h, w)
-
-
-def _own_dtype(qkv: Tensor) -> AbstractContextManager:
-    """A context in which autocast does not cast qkv.
-
-    Only where it would: torch caches no compiled graph that switches autocast between runs.
-    """
-    device = qkv.device.type
-    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != qkv.dtype:
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
 
 
 def _heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:

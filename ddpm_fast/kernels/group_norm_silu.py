@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddpm_fast.kernels import dropout as dropout_kernel
+from ddpm_fast.kernels.autocast import autocast_dtype
 from ddpm_fast.kernels.group_norm_silu_launch import (
     Optional,
     backward_outputs,
@@ -114,8 +115,7 @@ def group_norm_silu(
 
     Under autocast, fp32 x, residual and concat are cast to its dtype, in which y comes out.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    if dtype := autocast_dtype(x.device.type):
         x, residual, concat = (
             t.to(dtype) if t is not None and t.dtype == torch.float32 else t
             for t in (x, residual, concat)

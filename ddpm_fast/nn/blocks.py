@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ddpm_fast import ops
+from ddpm_fast.kernels.autocast import autocast_dtype
 from ddpm_fast.nn.norm import (
     Activation,
     CounterDropout,
@@ -225,7 +226,7 @@ class Upsample(nn.Module):
     def _phase_weight(self, weight: Tensor) -> Tensor:
         """(C_out, C_in, 3, 3) -> M w M^T as (C_in, C_out, 4, 4)."""
         low = weight.dtype in (torch.float16, torch.bfloat16)  # whose sums double the error
-        if low or torch.is_autocast_enabled(weight.device.type):
+        if low or autocast_dtype(weight.device.type):
             return self._added_taps(weight.float() if low else weight).to(weight.dtype)
         c_out, c_in = weight.shape[:2]
         taps = weight.permute(2, 3, 1, 0).reshape(9, c_in * c_out)

@@ -24,6 +24,7 @@ class Measured:
     data_wait  share of the time in which the step waited for the disk, on the rank that did most
     skew  the slowest rank's forward pass and wait for data over the median one's; None: one
           process, or not known
+    images_per_s_each  of one of several processes;  mfu  from 0 to 1, mfu.py; None: not known
     """
 
     step: int
@@ -34,6 +35,8 @@ class Measured:
     peak_gib: float
     data_wait: float = 0.0
     skew: float | None = None
+    images_per_s_each: float | None = None
+    mfu: float | None = None
 
     def row(self) -> dict[str, float | None]:
         """For JSON, which has no NaN: null."""
@@ -41,10 +44,12 @@ class Measured:
         return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
     def line(self) -> str:
+        each = f" ({self.images_per_s_each:.0f} each)" if self.images_per_s_each else ""
+        mfu = f"  MFU {self.mfu:.0%}" if self.mfu else ""
         waiting = f"  data wait {self.data_wait:.0%}" if self.data_wait >= 0.01 else ""
         return (
-            f"loss {self.loss:.4f}  lr {self.lr:.1e}  {self.images_per_s:.0f} img/s  "
-            f"grad {self.grad_norm:.3f}  mem {self.peak_gib:.2f} GiB{waiting}"
+            f"loss {self.loss:.4f}  lr {self.lr:.1e}  {self.images_per_s:.0f} img/s{each}  "
+            f"grad {self.grad_norm:.3f}  mem {self.peak_gib:.2f} GiB{mfu}{waiting}"
         )
 
 

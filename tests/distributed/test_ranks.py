@@ -1,6 +1,7 @@
 """A run does not depend on how many ranks it is cut into."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -42,6 +43,7 @@ def test_losses_are_those_of_one_process(run_ranks, tmp_path, tiny, one_rank, ra
     output = run_ranks(ranks, *TRAIN, *tiny, *FLAGS, "--run-dir", tmp_path / "run")
     assert f"on {ranks} processes (cpu)" in output
     assert output.count("finished 8 steps") == 1  # rank 0 alone talks
+    assert re.search(r"step 2/8 .* img/s \(\d+ each\)", output)
     assert_same_run(tmp_path / "run", one_rank)
 
 

@@ -1,4 +1,5 @@
 import inspect
+import warnings
 
 import pytest
 import torch
@@ -181,6 +182,15 @@ def test_initial_pad_lets_any_fitting_size_through():
         tiny(initial_pad=1)(x, t)
     x, t = inputs(size=6)
     assert tiny(initial_pad=1)(x, t).shape == x.shape
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_shapes_are_found_on_the_meta_device(impl):
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        net = tiny(impl=impl, dropout=0.1).train()
+        net.set_rng(0, 0, 0)
+        assert net(torch.empty(5, 2, 8, 8), torch.zeros(5)).shape == (5, 2, 8, 8)
 
 
 def test_bad_input_names_the_value_and_the_rule():

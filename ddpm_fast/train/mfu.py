@@ -1,0 +1,52 @@
+"""Model FLOPs utilisation: what the net has to compute, over what the GPU could in that time."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ddpm_fast.nn.config import UNetConfig
+from ddpm_fast.nn.unet import UNet
+
+# Dense bf16 products, TFLOP/s, by a part of the device's name; the first that fits counts.
+# NVIDIA's data sheets: 1,979 with sparsity for an H100 SXM, half of it without.
+PEAK_TFLOP_S = (
+    ("H100 PCIe", 756.0), ("H100 NVL", 835.0), ("H100", 989.0), ("H200", 989.0),
+    ("B200", 2250.0), ("A100", 312.0), ("L40S", 362.0), ("RTX 4090", 165.0), ("RTX 3090", 71.0),
+)  # fmt: skip
+# Backward has one matrix product for the input and one for the weight of each of forward's.
+TRAINING_OVER_FORWARD = 3
+
+
+def peak_tflop_s(device_name: str) -> float | None:
+    """Of bf16 products without sparsity; None for a device that is not in the table."""
+    return next((peak for part, peak in PEAK_TFLOP_S if part in device_name), None)
+
+
+@functools.cache
+def forward_flops(config: UNetConfig) -> int:
+    """Of one image: 2 a multiply-add of convolutions, linear layers and attention's products.
+
+    As the net is defined: what an implementation saves by algebra still counts. Counted on torch's
+    meta device, where nothing is computed.
+    """
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        net = UNet.from_config(replace(config, upsample="plain"), impl="reference").eval()
+        y = None if config.num_classes is None else torch.zeros(1, dtype=torch.long)
+        side = config.image_size
+        net(torch.empty(1, config.img_channels, side, side), torch.zeros(1, dtype=torch.long), y)
+    return counter.get_total_flops()
+
+
+def mfu(config: UNetConfig, images_per_s: float, device_name: str) -> float | None:
+    """Of a training step in bf16, from 0 to 1; None where the device's peak is not known.
+
+    images_per_s  of one device;  source  Chowdhery et al. 2022, PaLM, appendix B
+    """
+    peak = peak_tflop_s(device_name)
+    if peak is None:
+        return None
+    return TRAINING_OVER_FORWARD * forward_flops(config) * images_per_s / (peak * 1e12)
