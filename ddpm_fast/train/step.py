@@ -92,8 +92,6 @@ class TrainStep:
         due = (step + 1) % self.config.ema_update_rate == 0
         for weight, ema in zip(self._ema_weights.unbind(), self.emas, strict=True):
             weight.fill_(ema.next_weight if due else 0.0)
-        if self._is_to_be_split():
-            self.split()
         if self.halved:
             self._run_in_halves()
         else:
@@ -104,6 +102,10 @@ class TrainStep:
 
     def _run(self) -> None:
         """The step as a function of the buffers."""
+        if self._is_to_be_split():  # the capture has just failed
+            self.split()
+            self._run_in_halves()
+            return
         self._compute_gradients()
         self._share_loss()
         self._use_gradients()
@@ -150,6 +152,7 @@ class TrainStep:
             self.parameters, dist.get_world_size(), torch.bfloat16 if bf16 else None
         )
         if self._shares_gradients:
+            self.forward._remove_autograd_hooks()  # a capture may have ended between two of them
             self.forward = self.forward.module
         self._halves = tuple(
             CapturedCall(half, self.batches.device)

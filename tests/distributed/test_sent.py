@@ -81,6 +81,19 @@ def test_a_step_in_two_halves_sends_one_gradient_in_one_piece(shared_step, monke
     assert all(p.grad.stride() == p.stride() for p in shared_step.parameters)
 
 
+def test_a_step_whose_capture_failed_within_ddp_is_taken_in_halves(shared_step, monkeypatch):
+    shared_step(0)
+    shared_step.forward(torch.zeros(4, 1, 16, 16), torch.zeros(4))  # and never gone back through
+    sent = []
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: sent.append(tensor.nbytes))
+    monkeypatch.setattr(type(shared_step), "_is_to_be_split", lambda step: not step.halved)
+    for number in (1, 2):
+        sent.clear()
+        shared_step(number)
+        assert sent == [sum(p.nbytes for p in shared_step.parameters), 4]
+        assert shared_step.halved and shared_step.loss.isfinite()
+
+
 def test_gradients_of_two_halves_are_rounded_on_their_way_where_asked(monkeypatch):
     parameters = [torch.nn.Parameter(torch.ones(3, 4)), torch.nn.Parameter(torch.ones(5))]
     gradients, sent = FlatGradients(parameters, 2, torch.bfloat16), []
