@@ -15,8 +15,8 @@ PACKAGE = ROOT / "ddpm_fast"
 RANKS = {
     "errors": 0, "arguments": 0, "_C": 0,
     "kernels": 1,
-    "ops": 2, "graphs": 2, "fused_adamw": 2,
-    "nn": 3, "diffusion": 3, "data": 3, "device": 3, "distributed": 3, "ema": 3, "images": 3,
+    "ops": 2, "graphs": 2, "ema": 2, "fused_adamw": 2,
+    "nn": 3, "diffusion": 3, "data": 3, "device": 3, "distributed": 3, "images": 3,
     "heartbeat": 3, "metrics": 3, "monitoring": 3, "optimizer": 3,
     "checkpoint": 4, "checkpoint_writer": 4, "convert": 4,
     "loading": 5, "train": 5,
@@ -28,6 +28,7 @@ RANKS = {
 ALSO = {
     "distributed": {"device", "heartbeat"},
     "arguments": {"errors"},
+    "fused_adamw": {"ema"},
     "checkpoint_writer": {"checkpoint"},
     "convert": {"checkpoint"},
 }
