@@ -6,7 +6,6 @@ import functools
 from dataclasses import replace
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm_fast.nn.config import UNetConfig
 from ddpm_fast.nn.unet import UNet
@@ -33,6 +32,8 @@ def forward_flops(config: UNetConfig) -> int:
     As the net is defined: what an implementation saves by algebra still counts. Counted on torch's
     meta device, where nothing is computed.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton
+
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         net = UNet.from_config(replace(config, upsample="plain"), impl="reference").eval()
         y = None if config.num_classes is None else torch.zeros(1, dtype=torch.long)
