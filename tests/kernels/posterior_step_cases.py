@@ -1,17 +1,12 @@
 """What posterior_step's test files share: every rule's options, inputs, how near is near."""
 
-import pytest
 import torch
 from torch import Tensor
 
 from ddpm_fast.kernels import posterior_step as kernel
+from tests.kernels.diffusion_cases import ABAR, COUNTERS
 
-T = 1000
-ABAR = (1 - torch.linspace(1e-4, 0.02, T, dtype=torch.float64)).cumprod(0)
-COUNTERS = {"seed": 2**40 + 7, "step": 5, "first_index": 11}
-IMPLS = ("fused", "reference")
 PREDICTIONS = ("eps", "x_0", "v")
-FORMATS = (torch.contiguous_format, torch.channels_last)
 SHAPES = [(4, 3, 8, 8), (3, 3, 5, 7), (2, 1, 3, 1), (1, 1, 1, 1), (5, 2), (2, 3, 9), (2, 3, 97, 96)]
 # 2e-6 of the drawn normals and a few fp32 roundings, each relative to the largest value.
 TOLERANCE = 3e-6
@@ -22,15 +17,10 @@ NOISES = [
     {"eta": 0.3, "recompute_eps": False},
 ]  # fmt: skip
 CLIPS = [{}, {"clip": False}, {"dynamic_threshold": 0.9}, {"dynamic_threshold": 1.0}]
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def times(n: int) -> Tensor:
-    return torch.tensor([0, 1, 500, T - 1, 17])[torch.arange(n) % 5]
 
 
 def output_like(x_t: Tensor, variance: str = "fixed_large", seed: int = 1) -> Tensor:
@@ -78,7 +68,3 @@ def assert_near_exact(found: tuple[Tensor, ...], arguments: dict):
 
 def same(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-
-
-def on_cuda(arguments: dict) -> dict:
-    return {k: v.cuda() if isinstance(v, Tensor) else v for k, v in arguments.items()}

@@ -1,23 +1,17 @@
 """What q_sample's test files share: images, times, how near is near."""
 
-import pytest
 import torch
 from torch import Tensor
 
 from ddpm_fast import ops
+from tests.kernels.diffusion_cases import IMPLS
 
-T = 1000
-ABAR = (1 - torch.linspace(1e-4, 0.02, T, dtype=torch.float64)).cumprod(0)
-COUNTERS = {"seed": 2**40 + 7, "step": 5, "first_index": 11}
-IMPLS = ("fused", "reference")
 TARGETS = ("eps", "x_0", "v")
-FORMATS = (torch.contiguous_format, torch.channels_last)
 # Whole quads of elements, none, rows of 1 and of 7, one element, more than a thread's share.
 SHAPES = [(4, 3, 8, 8), (3, 3, 5, 7), (2, 1, 3, 1), (1, 1, 1, 1), (5, 2, 1, 9), (2, 3, 96, 97)]
 NOISE_ATOL = 2e-6  # of the drawn normals; the formula adds roundings of values below 8
 # One rounding of a value below 8 to 16 bits, to either side.
 ATOL = {torch.float32: NOISE_ATOL, torch.bfloat16: 2**-5, torch.float16: 2**-8}
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def pixels(*shape: int, seed: int = 0) -> Tensor:
@@ -27,10 +21,6 @@ def pixels(*shape: int, seed: int = 0) -> Tensor:
 
 def images(*shape: int, seed: int = 0) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-
-
-def times(n: int) -> Tensor:
-    return torch.tensor([0, 1, 500, T - 1, 17])[torch.arange(n) % 5]
 
 
 def both(*arguments, **options) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -45,7 +35,3 @@ def assert_near(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]):
     for y, wanted in zip(found, expected, strict=True):
         atol = ATOL.get(wanted.dtype, 0)
         torch.testing.assert_close(y.double(), wanted.double(), rtol=0, atol=atol)
-
-
-def on_cuda(arguments: dict) -> dict:
-    return {k: v.cuda() if isinstance(v, Tensor) else v for k, v in arguments.items()}

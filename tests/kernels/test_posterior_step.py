@@ -12,16 +12,12 @@ from ddpm_fast.kernels import extension
 from ddpm_fast.kernels import posterior_step as kernel
 from ddpm_fast.kernels.philox_counters import Stream
 from tests import original
+from tests.kernels.diffusion_cases import ABAR, COUNTERS, FORMATS, IMPLS, T, times
 from tests.kernels.posterior_step_cases import (
-    ABAR,
     CLIPS,
-    COUNTERS,
-    FORMATS,
-    IMPLS,
     NOISES,
     PREDICTIONS,
     SHAPES,
-    T,
     assert_near,
     assert_near_exact,
     exact,
@@ -29,7 +25,6 @@ from tests.kernels.posterior_step_cases import (
     normal,
     output_like,
     same,
-    times,
 )
 
 

@@ -4,18 +4,14 @@ import pytest
 import torch
 
 from ddpm_fast import ops
+from tests.kernels.diffusion_cases import FORMATS, T, needs_gpu, on_cuda, times
 from tests.kernels.posterior_step_cases import (
     CLIPS,
-    FORMATS,
     NOISES,
     PREDICTIONS,
     SHAPES,
-    T,
     assert_near,
     inputs,
-    needs_gpu,
-    on_cuda,
-    times,
 )
 
 

@@ -8,17 +8,14 @@ import torch
 from torch import Tensor
 
 from ddpm_fast import ops
+from tests.kernels.diffusion_cases import ABAR, IMPLS, T, times
 from tests.kernels.posterior_step_cases import (
-    ABAR,
-    IMPLS,
     NOISES,
-    T,
     assert_near,
     inputs,
     normal,
     output_like,
     same,
-    times,
 )
 
 GRADIENT_CASES = [

@@ -10,21 +10,8 @@ from ddpm_fast.kernels import extension
 from ddpm_fast.kernels import q_sample as kernel
 from ddpm_fast.kernels.philox_counters import Stream
 from tests import original
-from tests.kernels.q_sample_cases import (
-    ABAR,
-    ATOL,
-    COUNTERS,
-    FORMATS,
-    IMPLS,
-    SHAPES,
-    TARGETS,
-    T,
-    assert_near,
-    both,
-    images,
-    pixels,
-    times,
-)
+from tests.kernels.diffusion_cases import ABAR, COUNTERS, FORMATS, IMPLS, T, times
+from tests.kernels.q_sample_cases import ATOL, SHAPES, TARGETS, assert_near, both, images, pixels
 
 
 @pytest.mark.parametrize("prediction", TARGETS)

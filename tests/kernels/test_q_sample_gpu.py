@@ -7,21 +7,8 @@ import torch
 
 from ddpm_fast import ops
 from ddpm_fast.kernels.philox_counters import Stream
-from tests.kernels.q_sample_cases import (
-    ABAR,
-    ATOL,
-    COUNTERS,
-    FORMATS,
-    SHAPES,
-    TARGETS,
-    T,
-    assert_near,
-    images,
-    needs_gpu,
-    on_cuda,
-    pixels,
-    times,
-)
+from tests.kernels.diffusion_cases import ABAR, COUNTERS, FORMATS, T, needs_gpu, on_cuda, times
+from tests.kernels.q_sample_cases import ATOL, SHAPES, TARGETS, assert_near, images, pixels
 
 
 @pytest.mark.gpu

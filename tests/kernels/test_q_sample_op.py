@@ -6,17 +6,8 @@ import torch
 from torch import Tensor
 
 from ddpm_fast import ops
-from tests.kernels.q_sample_cases import (
-    ABAR,
-    COUNTERS,
-    IMPLS,
-    NOISE_ATOL,
-    TARGETS,
-    T,
-    images,
-    pixels,
-    times,
-)
+from tests.kernels.diffusion_cases import ABAR, COUNTERS, IMPLS, T, times
+from tests.kernels.q_sample_cases import NOISE_ATOL, TARGETS, images, pixels
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
