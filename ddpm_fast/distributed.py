@@ -206,6 +206,9 @@ def join(device: torch.device, *, timeout_s: float) -> World:
                   timeout_s=timeout_s)
     ]  # fmt: skip
     atexit.register(_heartbeat[0].stop, left=False)  # before the interpreter takes threads down
+    # NCCL's ranks would talk while they capture, to register buffers: one whose capture fails would
+    # leave the others waiting where no heartbeat sees it.
+    os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=dist.PrefixStore(name, store),

@@ -57,9 +57,9 @@ class CapturedCall:
         elif self.why_not is not None:
             self._run()()
         elif self._calls < self._warm_up_calls:
-            self._calls += 1
             with self.side_stream():
                 self._run()()
+            self._calls += 1  # not of a call that failed: others may not have failed with it
         else:
             self._capture()
             self()
@@ -102,6 +102,8 @@ class CapturedCall:
         except RuntimeError as error:
             self._failed_graph = graph  # the allocator may go on asking it about its stream
             torch.cuda.synchronize(self._device)
+            with suppress(RuntimeError):
+                graph.reset()  # memory and collectives, where the capture itself ended well
             self.why_not = str(error).strip().partition("\n")[0]
             self._agreed(False)
         else:

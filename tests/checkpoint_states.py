@@ -1,9 +1,14 @@
-"""What the tests of checkpoints share: a small state that holds one value."""
+"""What the tests of checkpoints share: a small state that holds one value, a malicious pickle."""
 
+import hashlib
+import json
 import os
+import pickle
 
 import pytest
 import torch
+
+from ddpm_fast import checkpoint
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs fork or rlimits")
 WAIT_S = 30  # for what comes at once; only a hang takes so long
@@ -21,3 +26,31 @@ def value_of(saved):
     """The value that all of a checkpoint's tensors hold."""
     (value,) = {t.unique().item() for part in saved.parts.values() for t in part.values()}
     return value
+
+
+class Bomb:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def put_pickle(saved, marker, dump=pickle.dump):
+    """In place of the checkpoint's weights a pickle that would make `marker`: returns its bytes.
+
+    The manifest vouches for it: whoever made it wrote that too.
+    """
+    with open(saved / "model.safetensors", "wb") as file:
+        dump(Bomb(marker), file)
+    data = (saved / "model.safetensors").read_bytes()
+    manifest = json.loads((saved / "manifest.json").read_text())
+    manifest["files"]["model.safetensors"] = {
+        "bytes": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
+    manifest["manifest_sha256"] = checkpoint._digest(manifest)
+    (saved / "manifest.json").write_text(json.dumps(manifest))
+    return data

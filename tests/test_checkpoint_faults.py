@@ -1,6 +1,5 @@
 """Damage, full disks, kills and read-only folders: the newest healthy checkpoint loads."""
 
-import hashlib
 import io
 import json
 import os
@@ -14,10 +13,9 @@ import pytest
 import torch
 
 import ddpm_fast
-from ddpm_fast import checkpoint
 from ddpm_fast.checkpoint import CheckpointError, load_newest, steps_in
 from ddpm_fast.checkpoint_writer import CheckpointWriter
-from tests.checkpoint_states import parts, posix, value_of
+from tests.checkpoint_states import parts, posix, put_pickle, value_of
 
 
 @pytest.fixture
@@ -89,32 +87,12 @@ def test_damage_falls_back_to_the_one_before_and_the_next_save_stands(three_writ
     assert value_of(load_newest(three_written, print)) == 30 and steps_in(three_written) == [3]
 
 
-class Bomb:
-    """Unpickled, it makes a folder."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
 @pytest.mark.parametrize("dump", [pickle.dump, torch.save], ids=["pickle", "torch.save"])
 @pytest.mark.faults
 def test_a_pickle_named_as_weights_is_refused_and_never_run(three_written, dump):
     """Its manifest vouches for it: whoever made it wrote that too."""
-    newest = three_written / "step_00000003"
     marker = three_written / "ran"
-    with open(newest / "model.safetensors", "wb") as file:
-        dump(Bomb(marker), file)
-    data = (newest / "model.safetensors").read_bytes()
-    manifest = json.loads((newest / "manifest.json").read_text())
-    manifest["files"]["model.safetensors"] = {
-        "bytes": len(data),
-        "sha256": hashlib.sha256(data).hexdigest(),
-    }
-    manifest["manifest_sha256"] = checkpoint._digest(manifest)
-    (newest / "manifest.json").write_text(json.dumps(manifest))
+    data = put_pickle(three_written / "step_00000003", marker, dump)
     warned = []
     assert value_of(load_newest(three_written, warned.append)) == 2
     assert len(warned) == 1 and "model.safetensors is not a safetensors file" in warned[0]

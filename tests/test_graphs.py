@@ -111,7 +111,7 @@ def test_after_a_capture_that_was_invalidated_the_first_reason_is_told_and_the_s
     for _ in range(5):
         call()
     assert call.why_not == "CUDA error: .item() while capturing" and not call.captured
-    assert cuda.names()[-3:] == ["end", "run", "run"]
+    assert cuda.names()[-4:] == ["end", "reset", "run", "run"]
     assert cuda.now_stream is cuda.default and cuda.now_device.index == 0
     assert gc.isenabled()
     assert cuda.graphs[0]() is not None, "the allocator still asks it"
@@ -146,6 +146,22 @@ def test_an_error_of_another_kind_ends_the_capture_and_is_raised(cuda):
         for _ in range(4):
             call()
     assert cuda.names()[-1] == "end" and cuda.now_stream is cuda.default and gc.isenabled()
+
+
+def test_a_call_that_failed_is_not_counted_as_warm_up(cuda):
+    """Other processes, in which it did not fail, would capture one call later."""
+
+    def run():
+        cuda.see("run")
+        if len(cuda.seen) == 1:
+            raise RuntimeError("compiling failed")
+
+    call = CapturedCall(run, CUDA_1)
+    with pytest.raises(RuntimeError, match="compiling"):
+        call()
+    for _ in range(4):
+        call()
+    assert cuda.names() == [*["run"] * 4, "emptied", "begin", "run", "end", "replay"]
 
 
 def test_a_forgotten_graph_is_given_back_and_captured_again(cuda):

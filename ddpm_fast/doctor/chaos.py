@@ -181,7 +181,10 @@ def chaos(
     if made < (kills or 1):
         say(f"{made} kills in {minutes:g} minutes, {kills or 1} wanted: give more --minutes")
         return 1
-    say(f"ok: after {made} kills the weights are those of the undisturbed run, bit for bit")
+    say(
+        f"ok: after {made} of {wanted} kills the weights are those of the undisturbed run, bit for "
+        "bit"
+    )
     return 0
 
 

@@ -79,7 +79,9 @@ def train(invocation: Invocation) -> None:
 
 
 def _train(invocation: Invocation, device: torch.device, world: World) -> None:
-    config = for_ranks(invocation.config, device, world, resumed=invocation.resume)
+    config = for_ranks(
+        invocation.config, device, world, resumed=invocation.resume, restarted=invocation.waits
+    )
     choose_algorithms(device, deterministic=config.deterministic)
     images = open_data_once(config, world, print if world.is_chief else _quiet)
     with told_if_the_net_does_not_fit():
@@ -98,6 +100,12 @@ def _train(invocation: Invocation, device: torch.device, world: World) -> None:
         with display, stop_requests() as stop, writer, monitor or nullcontext():
             for line in invocation.notes:
                 display.say(line)
+            per_gpu = invocation.config.batch_size_per_gpu
+            if invocation.resume and per_gpu and per_gpu * world.size != config.batch_size:
+                display.say(
+                    f"--batch-size-per-gpu {per_gpu} is left out: on {world.size} processes the "
+                    f"run keeps its {config.batch_size} images a step"
+                )
             run = Run(train_step, folder, display, trackers, writer, monitor)
             if invocation.resume:
                 run.resume()
@@ -399,7 +407,12 @@ class Run:
         elif self.config.cuda_graph == "on" and why_not is not None:
             raise TrainingError(f"--cuda-graph on: the step cannot be captured: {why_not}")
         elif why_not := train_step.why_no_graph:
-            self.display.say(f"no CUDA graph, each step is launched anew: {why_not}")
+            overlap = (
+                "; --cuda-graph off sends gradients during the backward pass, which may be faster"
+                if train_step.halved
+                else ""
+            )
+            self.display.say(f"no CUDA graph, each step is launched anew: {why_not}{overlap}")
         else:
             return False
         return True

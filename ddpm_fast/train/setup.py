@@ -79,15 +79,24 @@ def fit_net_config(config: TrainConfig, images: ImageSet) -> UNetConfig:
 
 
 def for_ranks(
-    config: TrainConfig, device: torch.device, world: World, *, resumed: bool = False
+    config: TrainConfig,
+    device: torch.device,
+    world: World,
+    *,
+    resumed: bool = False,
+    restarted: bool = False,
 ) -> TrainConfig:
     """The configuration with its global batch size; UsageError if the ranks cannot share it.
 
-    resumed  the run has a global batch size already, which must come out
+    resumed    the run has a global batch size already, which must come out
+    restarted  resumed by torchrun with the flags of the first start, maybe on other ranks: the
+               run's global batch size stays
     """
     if config.batch_size_per_gpu is not None:
         batch_size = config.batch_size_per_gpu * world.size
-        if resumed and batch_size != config.batch_size:
+        if resumed and restarted:
+            batch_size = config.batch_size
+        elif resumed and batch_size != config.batch_size:
             raise UsageError(
                 f"--batch-size-per-gpu {config.batch_size_per_gpu} of {world.size} processes are "
                 f"{batch_size} images a step, this run has {config.batch_size}: a resumed run "

@@ -241,9 +241,10 @@ class TrainStep:
     def forward_s(self) -> float | None:
         """Seconds of this rank's last forward pass, which waits for no other rank.
 
-        None where it lies in a captured graph. On CUDA this waits for the device.
+        None before the first step, and on CUDA where there is no other rank to compare with. On
+        CUDA this waits for the device.
         """
-        if self.captured or not self._forward_times:
+        if not self._forward_times or self._forward_times[-1][1] is None:
             return None
         if self.batches.device.type == "cuda":
             self._forward_times[-1][1].synchronize()
@@ -251,12 +252,16 @@ class TrainStep:
         return sum(end - start for start, end in self._forward_times)
 
     def _now(self) -> float | torch.cuda.Event | None:
-        """A moment of the step: an event in the device's stream, or this process's clock."""
+        """A moment of the step: an event in the device's stream, or this process's clock.
+
+        A captured event is recorded again by each replay.
+        """
         if self.batches.device.type != "cuda":
             return time.perf_counter()
-        if torch.cuda.is_current_stream_capturing():
+        if self.world.size == 1:
             return None
-        event = torch.cuda.Event(enable_timing=True)
+        capturing = torch.cuda.is_current_stream_capturing()
+        event = torch.cuda.Event(enable_timing=True, external=capturing)
         event.record()
         return event
 

@@ -61,6 +61,20 @@ def test_a_batch_size_per_gpu_is_multiplied(run_ranks, tmp_path, tiny, one_rank)
     assert config["batch_size"] == 8 and config["batch_size_per_gpu"] is None
 
 
+def test_restarted_on_fewer_ranks_a_run_keeps_its_batch_whatever_the_flag_would_make_it(
+    tmp_path, tiny, one_rank, capsys
+):
+    """As torchrun restarts the command after the loss of a node, which cannot leave out a flag."""
+    flags = [str(word) for word in (*tiny, *FLAGS, "--run-dir", tmp_path / "run")]
+    assert main([*flags, "--batch-size-per-gpu", "8", "--iterations", "4"]) == 0
+    capsys.readouterr()
+    again = [*flags, "--batch-size-per-gpu", "4"]  # of two ranks
+    assert main([*again, "--auto-resume"]) == 0
+    told = "--batch-size-per-gpu 4 is left out: on 1 processes the run keeps its 8 images a step"
+    assert told in capsys.readouterr().out
+    assert_same_run(tmp_path / "run", one_rank)
+
+
 @pytest.mark.parametrize("first, then", [(2, 1), (1, 2)])
 def test_a_run_resumed_on_another_number_of_ranks_ends_alike(
     run_ranks, tmp_path, tiny, one_rank, first, then

@@ -8,16 +8,27 @@ import time
 
 import pytest
 
+from tests.faults.stages import WRITER_STAGES
+
 pytestmark = [
     pytest.mark.faults,
     pytest.mark.skipif(sys.platform != "linux", reason="ranks are found in /proc"),
 ]
 
 
-def test_the_writer_killed_in_a_checkpoint_is_restarted_and_nothing_is_lost(train, same_end):
-    output = train("--auto-resume", fault="kill-writer", rank=0, step=20,
-                   options=("--max-restarts", 1))  # fmt: skip
-    assert "resumed after step 10" in output
+@pytest.mark.slow
+def test_the_writer_killed_at_each_stage_of_a_checkpoint_is_restarted_and_nothing_is_lost(
+    train, same_end
+):
+    stages = len(WRITER_STAGES)
+    flags = ("--auto-resume", "--checkpoint-every", 3, "--keep-checkpoints", 2)
+    options = ("--max-restarts", stages)
+    output = train(*flags, fault="kill-writer-each-time", rank=0, options=options)
+    assert [line.split(" before ")[1] for line in re.findall(r"killed before .*", output)] == [
+        " ".join(stage) for stage in WRITER_STAGES
+    ]
+    resumed = [int(step) for step in re.findall(r"resumed after step (\d+)", output)]
+    assert len(resumed) == stages and resumed == sorted(set(resumed))
     same_end()
 
 

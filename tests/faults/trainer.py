@@ -15,6 +15,7 @@ from ddpm_fast.diffusion.process import Diffusion
 from ddpm_fast.train import loop, setup
 from ddpm_fast.train.__main__ import main
 from ddpm_fast.train.step import TrainStep
+from tests.faults.stages import WRITER_STAGES
 
 FAULT = os.environ["FAULT"]
 STEP = int(os.environ.get("FAULT_STEP", "13"))
@@ -56,16 +57,21 @@ def before_step(action, *, every=False):
     TrainStep.__call__ = call
 
 
-def kill_the_writer():
-    """Between the parts of a checkpoint and its manifest."""
-    original = checkpoint._write
+def kill_the_writer_at_each_stage():
+    """An attempt each, in the second checkpoint that it writes."""
+    if len(WRITER_STAGES) == ATTEMPT:
+        return
+    before, (event, pattern) = checkpoint.steps_in(CHECKPOINTS), WRITER_STAGES[ATTEMPT]
 
-    def write(path, data):
-        if path.name == checkpoint.MANIFEST and f"step_{STEP:08d}" in str(path):
-            kill_self()
-        original(path, data)
+    def hook(name, arguments):
+        if name == event and isinstance(arguments[0], (str, Path)):
+            path = Path(arguments[0])
+            ours = path.is_relative_to(CHECKPOINTS) and path.match(pattern)
+            if ours and checkpoint.steps_in(CHECKPOINTS) != before:
+                print("killed before", event, pattern, flush=True)
+                kill_self()
 
-    checkpoint._write = write
+    sys.addaudithook(hook)
 
 
 def kill_after_each_checkpoint():
@@ -126,6 +132,14 @@ def slow_down():
     Diffusion.loss = loss
 
 
+def fill_the_disk():
+    """A limit a file stands for the disk: the kernel refuses the bytes past it."""
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8 << 10, hard))
+
+
 def take_the_folder():
     """A file where the checkpoints were: not even root can write into it."""
     CHECKPOINTS.rename(CHECKPOINTS.with_name("taken"))
@@ -135,7 +149,7 @@ def take_the_folder():
 ARRANGE = {
     "kill": lambda: before_step(kill_self),
     "kill-each-time": kill_after_each_checkpoint,
-    "kill-writer": kill_the_writer,
+    "kill-writer-each-time": kill_the_writer_at_each_stage,
     "kill-node": lambda: before_step(kill_the_node),
     "sigterm": lambda: before_step(lambda: os.kill(os.getpid(), signal.SIGTERM)),
     "sigterm-agent": lambda: before_step(lambda: os.kill(os.getppid(), signal.SIGTERM)),
@@ -149,9 +163,10 @@ ARRANGE = {
     "wait-alone": lambda: before_step(wait_alone),
     "inf": spoil_the_loss,
     "slow": slow_down,
+    "fill-disk": lambda: before_step(fill_the_disk),
     "take-folder": lambda: before_step(take_the_folder),
 }
-EACH_ATTEMPT = ("kill-each-time", "wait-alone")
+EACH_ATTEMPT = ("kill-each-time", "kill-writer-each-time", "wait-alone")
 
 if __name__ == "__main__":
     due = ATTEMPT == 0 or FAULT in EACH_ATTEMPT

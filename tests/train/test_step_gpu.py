@@ -10,7 +10,7 @@ from ddpm_fast.data import open_images
 from ddpm_fast.distributed import ALONE, World
 from ddpm_fast.train.config import TrainConfig
 from ddpm_fast.train.setup import make_step, wrap_net
-from ddpm_fast.train.step import DDP_WARM_UP_CALLS
+from ddpm_fast.train.step import DDP_WARM_UP_CALLS, TrainStep
 
 pytestmark = [
     pytest.mark.gpu,
@@ -83,7 +83,10 @@ def test_the_captured_step_is_the_eager_one_bit_for_bit(options):
             assert torch.equal(average, other.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("options", [{}, {"grad_accumulation": 2}, {"compile": True}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"grad_accumulation": 2}, {"compile": True}, {"grad_compression": "bf16"}],
+)
 def test_what_ranks_send_is_captured_with_the_step_or_left_between_two_graphs(
     first_of_two, options
 ):
@@ -95,10 +98,34 @@ def test_what_ranks_send_is_captured_with_the_step_or_left_between_two_graphs(
     for step in (whole, halves):
         losses = train(step, steps)
         assert step.captured and step.halved == (step is halves), step.why_no_graph
-        assert losses == pytest.approx(expected, rel=1e-5)  # DDP's kernels may divide otherwise
+        rounded = "grad_compression" in options  # to 8 bits, before or after other divisions
+        assert losses == pytest.approx(expected, rel=1e-3 if rounded else 1e-5)
         for one, other in zip(step.parameters, eager.parameters, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(one, other, rtol=1e-2 if rounded else 1e-4, atol=1e-5)
+        before_s = step.forward_s
+        assert 0 < before_s < 1 and train(step, 1) and step.forward_s != before_s  # each replay's
         step.forget_graphs()
+
+
+@pytest.mark.parametrize("where", ["_use_gradients", "backward"])
+def test_a_step_whose_capture_fails_after_ddps_warm_up_goes_on_in_halves(
+    first_of_two, where, monkeypatch
+):
+    """In the clip, when all has been sent; or before anything has."""
+    expected = train(make(first_of_two, cuda_graph="off"), DDP_WARM_UP_CALLS + 6)
+    step, original = make(first_of_two), getattr(TrainStep, where)
+
+    def fail_once(self, *arguments):
+        if torch.cuda.is_current_stream_capturing() and not self.halved:
+            raise RuntimeError("not to be captured")
+        return original(self, *arguments)
+
+    monkeypatch.setattr(TrainStep, where, fail_once)
+    losses = train(step, DDP_WARM_UP_CALLS + 6)
+    assert step.halved and step.captured, step.why_no_graph
+    assert step.call.why_not == "not to be captured"
+    assert losses == pytest.approx(expected, rel=1e-5)
+    step.forget_graphs()  # NCCL does not end while a graph holds its collectives
 
 
 def test_a_captured_step_follows_the_learning_rate_and_leaves_out_what_is_not_finite():
