@@ -14,7 +14,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -88,6 +88,26 @@ def open_cached(
     )
 
 
+def mapped(images: ImageSet, data_root: Path) -> ImageSet:
+    """A set that lies in memory, memory-mapped from the cache: written there unless it is there.
+
+    Several processes then share its pages, and each reads the rows that it needs.
+    raises  DataError  disk full
+    """
+    pixels = np.ascontiguousarray(images.images)
+    key = hashlib.blake2b(repr(pixels.shape).encode(), digest_size=16)
+    key.update(pixels)
+    folder = Path(data_root) / "cache" / key.hexdigest()
+    with lock(folder.with_name(folder.name + ".lock")):
+        cached = _open(folder, len(pixels))
+        if cached is None:
+            _fill(folder, lambda file: _write_whole(file, pixels))
+            cached = _open(folder, len(pixels))
+    if cached is None:
+        raise DataError(f"{folder} was written and cannot be read back; allowed: a healthy disk")
+    return replace(images, images=cached.images, cache=str(folder.absolute()))
+
+
 def handed_over(images: ImageSet) -> dict[str, Any] | None:
     """What another process needs to open a set that lies in a cache; None for other sets."""
     if images.cache is None:
@@ -141,24 +161,29 @@ def _build(
     on_progress: OnProgress | None,
 ) -> None:
     """Decode everything into `folder`; the caller holds its lock."""
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
     Image.init()  # here, rather than in every thread at once
     what = f"decoding {files.source}"
+    with (
+        warnings.catch_warnings(),
+        reporting(what, len(files.names), on_progress=on_progress) as update,
+        closing(
+            in_order(_decoder(files, image_size, channels), len(files.names), update)
+        ) as results,
+    ):
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # decode() refuses them
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # notes on bad metadata
+        _fill(folder, lambda file: _write(file, files, results))
+
+
+def _fill(folder: Path, write: Callable[[BinaryIO], dict]) -> None:
+    """Make `folder` of what write(images.npy) writes and the index that it returns."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
     try:
-        with (
-            writing(temporary),
-            warnings.catch_warnings(),
-            reporting(what, len(files.names), on_progress=on_progress) as update,
-            closing(
-                in_order(_decoder(files, image_size, channels), len(files.names), update)
-            ) as results,
-        ):
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # decode() refuses them
-            warnings.filterwarnings("ignore", module=r"PIL\.")  # notes on bad metadata
+        with writing(temporary):
             temporary.mkdir(parents=True)
             with open(temporary / "images.npy", "wb") as file:
-                index = _write(file, files, results)
+                index = write(file)
             with open(temporary / "index.json", "w") as file:
                 json.dump(index, file)
                 sync(file)
@@ -216,6 +241,15 @@ def _write(file: BinaryIO, files: ImageFiles, results: Iterator[np.ndarray | str
     return {"shape": shape, "num_bytes": num_bytes, "bad": bad}
 
 
+def _write_whole(file: BinaryIO, images: np.ndarray) -> dict:
+    header_bytes = _write_header(file, len(images), images.shape[1:])
+    _check_space(file, images.nbytes)
+    for image in images:
+        file.write(image.tobytes())
+    sync(file)
+    return {"shape": images.shape, "num_bytes": header_bytes + images.nbytes, "bad": []}
+
+
 def _write_header(file: BinaryIO, num_images: int, image_shape: tuple[int, ...]) -> int:
     shape = (num_images, *image_shape)
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
@@ -229,7 +263,7 @@ def _check_space(file: BinaryIO, num_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if num_bytes > free:
         raise DataError(
-            f"disk full: decoding needs {num_bytes} bytes in {folder}, {free} are free;"
+            f"disk full: the images need {num_bytes} bytes in {folder}, {free} are free;"
             " free some space there, or give --data-root a folder on another disk"
         )
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -15,7 +16,7 @@ from torch.utils._triton import has_triton
 
 from ddpm_fast.data import ImageSet, open_images
 from ddpm_fast.data.batches import Batches
-from ddpm_fast.data.cache import handed_over, taken_over
+from ddpm_fast.data.cache import handed_over, mapped, taken_over
 from ddpm_fast.diffusion.process import Diffusion
 from ddpm_fast.distributed import ALONE, World
 from ddpm_fast.ema import EMA
@@ -26,6 +27,8 @@ from ddpm_fast.nn.unet import UNet
 from ddpm_fast.optimizer import make_optimizer
 from ddpm_fast.train.config import TrainConfig
 from ddpm_fast.train.step import TrainStep
+
+HELD_BY_EACH_BYTES = 256 * 2**20  # of a set in memory, by each process of a machine
 
 
 def open_data(config: TrainConfig, say: Callable[[str], None]) -> ImageSet:
@@ -53,9 +56,13 @@ def open_data_once(config: TrainConfig, world: World, say: Callable[[str], None]
     """open_data on rank 0; the others map the images that it decoded, where they can.
 
     Names, digests and so on come from rank 0: it alone reads the files to tell whether one changed.
+    A large set that is not mapped from a file (.npz) is put into the cache for them.
     """
     if world.is_chief:
         images = open_data(config, say)
+        in_memory = not isinstance(images.images, np.memmap)
+        if world.size > 1 and in_memory and images.images.nbytes > HELD_BY_EACH_BYTES:
+            images = mapped(images, Path(config.data_root))
         world.from_chief(lambda: handed_over(images))
         return images
     known = world.from_chief(lambda: None)

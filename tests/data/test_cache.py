@@ -49,6 +49,38 @@ def test_the_second_open_decodes_nothing_and_gives_the_same(open_pictures, decod
     np.testing.assert_array_equal(first.labels, second.labels)
 
 
+def test_a_set_in_memory_is_mapped_once_and_handed_over(tmp_path, cache_folders, monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 256, (7, 4, 6, 3), dtype=np.uint8)
+    np.savez(tmp_path / "set.npz", images=pixels, labels=np.arange(7) % 3)
+    images = open_images(str(tmp_path / "set.npz"), data_root=tmp_path / "data")
+    first = cache.mapped(images, tmp_path / "data")
+    monkeypatch.setattr(cache, "_fill", None)  # the second time nothing is written
+    for found in (first, cache.mapped(images, tmp_path / "data")):
+        assert isinstance(found.images, np.memmap) and found.images.flags.c_contiguous
+        np.testing.assert_array_equal(found.images, images.images)
+        np.testing.assert_array_equal(found.labels, images.labels)
+        assert found.identity() == images.identity() and found.name == images.name
+    assert len(cache_folders()) == 1
+    taken = cache.taken_over(pickle.loads(pickle.dumps(cache.handed_over(first))))
+    np.testing.assert_array_equal(taken.images, images.images)
+
+
+def test_another_set_in_memory_has_another_folder(tmp_path, cache_folders):
+    for value in (0, 1):
+        np.savez(tmp_path / "set.npz", images=np.full((3, 4, 4, 1), value, np.uint8))
+        images = open_images(str(tmp_path / "set.npz"), data_root=tmp_path / "data")
+        assert (cache.mapped(images, tmp_path / "data").images == value).all()
+    assert len(cache_folders()) == 2
+
+
+def test_a_disk_too_small_for_a_set_in_memory_is_told_before_it_is_written(tmp_path, monkeypatch):
+    images = open_images("digits", data_root=tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
+    with pytest.raises(DataError, match="disk full: the images need"):
+        cache.mapped(images, tmp_path / "data")
+    assert not [path for path in (tmp_path / "data" / "cache").iterdir() if path.is_dir()]
+
+
 def test_another_process_takes_a_set_over_without_reading_an_image(open_pictures, image_folder):
     images = open_pictures()
     known = pickle.loads(pickle.dumps(cache.handed_over(images)))  # as it is sent
@@ -219,7 +251,7 @@ def test_an_error_that_is_ours_is_not_counted_as_a_bad_image(open_pictures, monk
 def test_too_little_space_is_said_at_the_first_image(open_pictures, monkeypatch, cache_folders):
     usage = shutil.disk_usage(".")._replace(free=6 * 3 * 8 * 8 - 1)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    with pytest.raises(DataError, match="disk full: decoding needs 1152 bytes .* 1151 are free"):
+    with pytest.raises(DataError, match="disk full: the images need 1152 bytes .* 1151 are free"):
         open_pictures()
     assert cache_folders() == []
 

@@ -303,6 +303,21 @@ def test_a_rank_takes_the_set_that_rank_0_opened_or_opens_it_where_it_cannot(mon
         assert setup.open_data_once(TrainConfig(), world, print) is expected
 
 
+def test_rank_0_puts_a_large_set_that_lies_in_memory_where_the_others_can_map_it(
+    monkeypatch, tmp_path
+):
+    opened = ImageSet(images=np.zeros((4, 1, 16, 16), np.uint8), name="a", photographs=False)
+    monkeypatch.setattr(setup, "open_data", lambda config, say: opened)
+    config, handed = TrainConfig(data_root=str(tmp_path)), []
+    world = SimpleNamespace(is_chief=True, size=2, from_chief=lambda make: handed.append(make()))
+    assert setup.open_data_once(config, world, print) is opened and handed == [None]
+    monkeypatch.setattr(setup, "HELD_BY_EACH_BYTES", 0)
+    assert isinstance(setup.open_data_once(config, world, print).images, np.memmap)
+    assert handed[1]["images"] == (4, 1, 16, 16)
+    world.size = 1
+    assert setup.open_data_once(config, world, print) is opened
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"preset": "digits", "colour": 1}'])
 def test_resume_where_the_configuration_is_damaged(tmp_path, refused, tree, text):
     (tmp_path / "config.json").write_text(text)
