@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import reprlib
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
@@ -26,6 +27,8 @@ from bench.timing import Samples
 LOW, HIGH = 0.1, 0.9  # quantiles; a file without samples has quartiles only
 FILE_WIDTH = 120  # columns, where the output is no terminal
 NAME_WIDTH = 24  # columns that a row's name needs to be read
+# A time is from a picosecond to 30 years, or the file is broken. Ratios of such times are finite.
+LEAST_S, MOST_S = 1e-12, 1e9
 STYLES = {"slower": "bold red", "faster": "green", "": ""}
 
 
@@ -92,15 +95,11 @@ def read(path: Path) -> Run:
     raises  BrokenFile
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BrokenFile(f"{path}: {error.strerror}") from None
-    except ValueError as error:  # no JSON, or not even text
-        raise BrokenFile(f"{path}: not JSON: {error}") from None
-    try:
-        return _run(data)
+        return _run(_parsed(path))
     except ValueError as error:
         raise BrokenFile(f"{path}: {error}") from None
+    except RecursionError:
+        raise BrokenFile(f"{path}: nested too deeply for a --benchmark-json file") from None
 
 
 def table(pairs: Iterable[Pair], threshold_percent: float) -> Table:
@@ -134,6 +133,15 @@ def differences(a: Run, b: Run) -> list[str]:
     names = list(dict.fromkeys([*a.setting, *b.setting]))
     settings = [(name, a.setting.get(name, "none"), b.setting.get(name, "none")) for name in names]
     return [f"{name}: A {old}, B {new}" for name, old, new in settings if old != new]
+
+
+def _parsed(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BrokenFile(f"{path}: {error.strerror}") from None
+    except ValueError as error:  # no JSON, or not even text
+        raise BrokenFile(f"{path}: not JSON: {error}") from None
 
 
 def _run(data: Any) -> Run:
@@ -199,8 +207,10 @@ def _entry(owner: Any, at: str, key: str, kind: type) -> Any:
 
 def _seconds(owner: dict[str, Any], at: str, key: str) -> float:
     value = owner.get(key)
-    if type(value) not in (int, float) or not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{at}.{key} must be seconds above 0, is {value!r}")
+    if type(value) not in (int, float) or not LEAST_S <= value <= MOST_S:
+        raise ValueError(
+            f"{at}.{key} must be seconds from {LEAST_S:g} to {MOST_S:g}, is {reprlib.repr(value)}"
+        )
     return float(value)
 
 
