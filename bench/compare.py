@@ -21,6 +21,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from bench.timing import Samples
 
@@ -111,7 +112,8 @@ def table(pairs: Iterable[Pair], threshold_percent: float) -> Table:
     for pair in pairs:
         verdict, (low, high) = pair.verdict(threshold_percent), pair.interval
         found.add_row(
-            pair.a.name, _time(pair.a.median_s), _time(pair.b.median_s), f"{pair.ratio:.3f}",
+            Text(pair.a.name),  # whose brackets are pytest's or a group's, no markup
+            _time(pair.a.median_s), _time(pair.b.median_s), f"{pair.ratio:.3f}",
             f"{low:.2f} to {high:.2f}", verdict, style=STYLES[verdict],
         )  # fmt: skip
     return found
@@ -235,7 +237,7 @@ def _show(console: Console, a: Run, b: Run, threshold_percent: float) -> int:
     """The number of rows that got slower."""
 
     def say(line: str, style: str = "") -> None:
-        console.print(line, style=style, markup=False, highlight=False)
+        console.print(Text(line), style=style)
 
     pairs = [Pair(row, b.rows[name]) for name, row in a.rows.items() if name in b.rows]
     shown = table(pairs, threshold_percent)
@@ -296,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
     if a.device != b.device:
-        console.print(f"different devices: {devices}", markup=False, highlight=False)
+        console.print(Text(f"different devices: {devices}"))
     return 1 if _show(console, a, b, args.threshold) else 0
 
 

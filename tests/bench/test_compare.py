@@ -189,6 +189,18 @@ def test_a_narrow_terminal_still_shows_the_verdict(write, capsys, monkeypatch, w
     assert "slower beyond the noise" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.parametrize("width", ["40", "200"])  # in lines, in a table
+@pytest.mark.parametrize("name", ["[red]x[/blue]", "test[bold]", "x[/]", "a :warning: b", "x\\[y]"])
+def test_names_are_shown_as_they_are(write, capsys, monkeypatch, width, name):
+    monkeypatch.setenv("COLUMNS", width)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    a = write("a.json", *(row(each, scaled(1), f"{GPU} {name}") for each in (name, f"{name} of A")))
+    b = write("b.json", row(name, scaled(2)))
+    assert compare.main([a, b, "--force"]) == 1
+    words = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).split())
+    assert words.count(name) == 4  # the device, the row, what is only in A, what got slower
+
+
 @pytest.mark.parametrize("width", ["40", "60"])
 def test_a_narrow_terminal_gets_whole_names_in_lines(write, capsys, monkeypatch, width):
     monkeypatch.setenv("COLUMNS", width)
