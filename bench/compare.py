@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import reprlib
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
@@ -20,12 +21,15 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from bench.timing import Samples
 
 LOW, HIGH = 0.1, 0.9  # quantiles; a file without samples has quartiles only
 FILE_WIDTH = 120  # columns, where the output is no terminal
 NAME_WIDTH = 24  # columns that a row's name needs to be read
+# A time is from a picosecond to 30 years, or the file is broken. Ratios of such times are finite.
+LEAST_S, MOST_S = 1e-12, 1e9
 STYLES = {"slower": "bold red", "faster": "green", "": ""}
 
 
@@ -92,15 +96,11 @@ def read(path: Path) -> Run:
     raises  BrokenFile
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BrokenFile(f"{path}: {error.strerror}") from None
-    except ValueError as error:  # no JSON, or not even text
-        raise BrokenFile(f"{path}: not JSON: {error}") from None
-    try:
-        return _run(data)
+        return _run(_parsed(path))
     except ValueError as error:
         raise BrokenFile(f"{path}: {error}") from None
+    except RecursionError:
+        raise BrokenFile(f"{path}: nested too deeply for a --benchmark-json file") from None
 
 
 def table(pairs: Iterable[Pair], threshold_percent: float) -> Table:
@@ -112,7 +112,8 @@ def table(pairs: Iterable[Pair], threshold_percent: float) -> Table:
     for pair in pairs:
         verdict, (low, high) = pair.verdict(threshold_percent), pair.interval
         found.add_row(
-            pair.a.name, _time(pair.a.median_s), _time(pair.b.median_s), f"{pair.ratio:.3f}",
+            Text(pair.a.name),  # whose brackets are pytest's or a group's, no markup
+            _time(pair.a.median_s), _time(pair.b.median_s), f"{pair.ratio:.3f}",
             f"{low:.2f} to {high:.2f}", verdict, style=STYLES[verdict],
         )  # fmt: skip
     return found
@@ -134,6 +135,15 @@ def differences(a: Run, b: Run) -> list[str]:
     names = list(dict.fromkeys([*a.setting, *b.setting]))
     settings = [(name, a.setting.get(name, "none"), b.setting.get(name, "none")) for name in names]
     return [f"{name}: A {old}, B {new}" for name, old, new in settings if old != new]
+
+
+def _parsed(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BrokenFile(f"{path}: {error.strerror}") from None
+    except ValueError as error:  # no JSON, or not even text
+        raise BrokenFile(f"{path}: not JSON: {error}") from None
 
 
 def _run(data: Any) -> Run:
@@ -199,8 +209,10 @@ def _entry(owner: Any, at: str, key: str, kind: type) -> Any:
 
 def _seconds(owner: dict[str, Any], at: str, key: str) -> float:
     value = owner.get(key)
-    if type(value) not in (int, float) or not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{at}.{key} must be seconds above 0, is {value!r}")
+    if type(value) not in (int, float) or not LEAST_S <= value <= MOST_S:
+        raise ValueError(
+            f"{at}.{key} must be seconds from {LEAST_S:g} to {MOST_S:g}, is {reprlib.repr(value)}"
+        )
     return float(value)
 
 
@@ -225,7 +237,7 @@ def _show(console: Console, a: Run, b: Run, threshold_percent: float) -> int:
     """The number of rows that got slower."""
 
     def say(line: str, style: str = "") -> None:
-        console.print(line, style=style, markup=False, highlight=False)
+        console.print(Text(line), style=style)
 
     pairs = [Pair(row, b.rows[name]) for name, row in a.rows.items() if name in b.rows]
     shown = table(pairs, threshold_percent)
@@ -286,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
     if a.device != b.device:
-        console.print(f"different devices: {devices}", markup=False, highlight=False)
+        console.print(Text(f"different devices: {devices}"))
     return 1 if _show(console, a, b, args.threshold) else 0
 
 

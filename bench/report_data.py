@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Mapping
+import reprlib
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from typing import Any
 JUDGED = ("kernels", "models", "long_run", "sampling", "memory", "parts")
 FIGURES = ("ms", "images_per_s", "peak_gib")
 TEXTS = ("impl", "what", "preset", "parity", "why_not", "found")
+OPTIONAL = ("peak_gib", "speedup")  # a row may have them; 0 and null are shown as "-"
+CEILINGS = ("copy_gb_s", "matmul_tflop_s")
+LEAST, MOST = 1e-12, 1e15  # of a figure, in whatever unit: ratios of such are finite
 
 Row = Mapping[str, Any]
 
@@ -158,7 +162,7 @@ def _compare(what: str, ours: Row, base: Row) -> Comparison:
 
 
 def _memory(suite: Suite) -> list[Comparison]:
-    rows = [row for row in suite.rows("memory") if "peak_gib" in row]
+    rows = [row for row in suite.rows("memory") if row.get("peak_gib")]
     ours = [row for row in rows if row["impl"].startswith("ours")]
     base = next((row for row in rows if row["impl"].startswith("diffusers eager")), None)
     return [
@@ -210,6 +214,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise BadResults(f"{path}: {error.strerror or error}") from None
     except ValueError as error:
         raise BadResults(f"{path}: not JSON ({' '.join(str(error).split())})") from None
+    except RecursionError:
+        raise BadResults(f"{path}: nested too deeply for what bench.gpu_suite writes") from None
     kinds = {"dry_run": bool, "stages": dict, "device": str, "commit": str, "versions": dict}
     if not isinstance(data, dict):
         raise BadResults(
@@ -229,17 +235,23 @@ def _read(path: Path) -> dict[str, Any]:
 def _check_stage(where: str, stage: str, found: Any) -> None:
     if not isinstance(found, dict) or not isinstance(found.get("rows"), list):
         raise BadResults(f"{where}: must be an object with a list of rows")
+    if not isinstance(found.get("status", ""), str):
+        raise BadResults(f"{where}.status is {reprlib.repr(found['status'])}, must be text")
+    left_out = found.get("left_out", [])
+    if not (isinstance(left_out, list) and all(isinstance(name, str) for name in left_out)):
+        raise BadResults(f"{where}.left_out must be a list of rows' names")
+    if any(name in found for name in CEILINGS):
+        _check_positive(where, found, CEILINGS)
     for i, row in enumerate(found["rows"]):
         at = f"{where}.rows[{i}]"
         if not isinstance(row, dict) or not isinstance(row.get("name"), str):
             raise BadResults(f"{at}: must be an object with a name")
         for name in TEXTS:
             if name in row and not isinstance(row[name], str):
-                raise BadResults(f"{at}.{name} is {row[name]!r}, must be text")
+                raise BadResults(f"{at}.{name} is {reprlib.repr(row[name])}, must be text")
         for name, value in row.items():
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if number and not math.isfinite(value):
-                raise BadResults(f"{at}.{name} is {value}, must be finite")
+            if _is_number(value) and not abs(value) <= sys.float_info.max:  # nor a longer integer
+                raise BadResults(f"{at}.{name} is {reprlib.repr(value)}, must be finite in fp64")
         _check_figures(at, stage, row)
 
 
@@ -257,11 +269,27 @@ def _check_figures(at: str, stage: str, row: Row) -> None:
     needed["sampling"] = needed["models"]
     if "extrapolated_s" in row:
         needed["sampling"] = ("impl", "what", "preset", "batch", "images_per_s", "extrapolated_s")
-    for name in needed.get(stage, ()):
+    names = needed.get(stage, ())
+    for name in names:
         if name not in row:
             raise BadResults(f"{at}: has no {name}")
-        if name not in TEXTS and not (isinstance(row[name], int | float) and row[name] > 0):
-            raise BadResults(f"{at}.{name} is {row[name]!r}, must be a positive number")
+    _check_positive(at, row, [name for name in names if name not in TEXTS])
+    _check_positive(at, row, [name for name in OPTIONAL if row.get(name)])
+
+
+def _check_positive(at: str, owner: Mapping[str, Any], names: Iterable[str]) -> None:
+    for name in names:
+        if name not in owner:
+            raise BadResults(f"{at}: has no {name}")
+        value = owner[name]
+        if not (_is_number(value) and LEAST <= value <= MOST):
+            raise BadResults(
+                f"{at}.{name} is {reprlib.repr(value)}, must be a number from {LEAST:g} to {MOST:g}"
+            )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _shown(data: Mapping[str, Any], name: str) -> str:

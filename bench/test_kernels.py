@@ -1,19 +1,23 @@
 """Every kernel of SPECS and a block beside reference and peers: pytest bench --benchmark-only.
 
-A row has a figure only if the parity check of the same run passed. extra_info holds GB/s, TFLOP/s
-where the kernel is one of products, the percentage of the floor that the ceilings of the same run
-give, and where it ran (conftest.py).
+A row has a figure only if the parity check of the same run passed. A peer that refuses a shape or
+this GPU is skipped with its reason; ours has to run. extra_info holds GB/s, TFLOP/s where the
+kernel is one of products, the percentage of the floor that the ceilings of the same run give, and
+where it ran (conftest.py).
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 from bench import block_spec, kernel_rows
+from bench.failures import failure, is_lost
 from bench.parity import mismatch
 from bench.peers import peers_of
 from bench.replay import replay
@@ -86,6 +90,18 @@ def refusal(kernel: str, case_name: str, label: str, device: torch.device, backw
     return mismatch(spec, subject, case.values, dtype, device, backward=backward)
 
 
+@contextlib.contextmanager
+def skipped_if_a_peer_refuses(spec: KernelSpec, label: str, device: torch.device) -> Iterator[None]:
+    """A peer may raise anything: what it refuses, such as cuDNN's attention the head sizes of a
+    GPU, is known only once it has run. What ours raises, and a lost device, goes on."""
+    try:
+        yield
+    except Exception as error:
+        if label not in {peer.label for peer in peers_of(spec.name)} or is_lost(device):
+            raise
+        pytest.skip(f"{label}: {failure(error)}")
+
+
 @pytest.mark.benchmark(timer=replay)
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize(("spec", "case", "which", "cache", "label"), ROWS)
@@ -97,13 +113,16 @@ def test_kernel(spec, case, which, cache, label, device, ceilings, record):
     backward = which != "forward"
     if backward and not kernel_rows.has_backward(spec, case.values, dtype, device):
         pytest.skip(f"{spec.name} has no gradient")
-    if wrong := refusal(spec.name, case.name, label, device, backward):
-        pytest.fail(f"no figure for {label}: {wrong}")
     cold = cache == "cold"
-    calls = kernel_rows.calls_for(spec, subject.run, case.values, dtype, device, which, cold=cold)
-    samples = time_in_turns(
-        {label: calls}, device, seconds=SECONDS, repeats=rounds(case, label), cold=cold
-    )[label]
+    with skipped_if_a_peer_refuses(spec, label, device):
+        if wrong := refusal(spec.name, case.name, label, device, backward):
+            pytest.fail(f"no figure for {label}: {wrong}")
+        calls = kernel_rows.calls_for(
+            spec, subject.run, case.values, dtype, device, which, cold=cold
+        )
+        samples = time_in_turns(
+            {label: calls}, device, seconds=SECONDS, repeats=rounds(case, label), cold=cold
+        )[label]
     group = f"{spec.name} {case.name} {str(dtype).removeprefix('torch.')} {which} {cache}"
     figures = kernel_rows.figures(spec, case.values, dtype, which, samples, ceilings)
     record(group, label, samples, figures)

@@ -130,6 +130,7 @@ def test_two_files_without_a_common_row_are_refused(write, capsys):
 @pytest.mark.parametrize(
     ("text", "wrong"),
     [("{", "not JSON"), ("[]", "the file must be an object, is list"), ("\xff", "not JSON"),
+     ("[" * 100_000, "nested too deeply"), ("9" * 5000, "not JSON"),
      ("{}", "the file has no 'machine_info'"),
      ('{"machine_info": {}, "benchmarks": {}}', "the file.benchmarks must be list, is dict"),
      ('{"machine_info": {}, "benchmarks": []}', "no row was timed"),
@@ -146,14 +147,16 @@ def test_a_broken_file_is_named_with_what_is_wrong(write, tmp_path, capsys, text
 
 @pytest.mark.parametrize(
     ("samples", "wrong"),
-    [([], "stats.data is empty"), ([1.0, float("nan")], "stats.data.1 must be seconds above 0"),
-     ([-1.0], "stats.data.0 must be seconds above 0, is -1.0"), (["1"], "is '1'"),
-     ([True], "is True")],
+    [([], "stats.data is empty"), ([1.0, float("nan")], "stats.data.1 must be seconds from 1e-12"),
+     ([-1.0], "stats.data.0 must be seconds from 1e-12 to 1e+09, is -1.0"), (["1"], "is '1'"),
+     ([True], "is True"), ([10**400], "is 10000"), ([1e308], "is 1e+308"), ([5e-324], "is 5e-324"),
+     ([[["x" * 10_000]]], "is [['xxx")],
 )  # fmt: skip
 def test_samples_that_are_no_times_are_named(write, capsys, samples, wrong):
     good, bad = write("a.json", row("ours", scaled(1))), write("b.json", row("ours", samples))
     assert compare.main([good, bad]) == 2
-    assert wrong in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {bad}: ") and wrong in line and len(line) < len(bad) + 200
 
 
 def test_two_rows_of_one_name_are_refused(write, capsys):
@@ -184,6 +187,18 @@ def test_a_narrow_terminal_still_shows_the_verdict(write, capsys, monkeypatch, w
     a, b = write("a.json", row("ours", scaled(1))), write("b.json", row("ours", scaled(2)))
     assert compare.main([a, b]) == 1
     assert "slower beyond the noise" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("width", ["40", "200"])  # in lines, in a table
+@pytest.mark.parametrize("name", ["[red]x[/blue]", "test[bold]", "x[/]", "a :warning: b", "x\\[y]"])
+def test_names_are_shown_as_they_are(write, capsys, monkeypatch, width, name):
+    monkeypatch.setenv("COLUMNS", width)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    a = write("a.json", *(row(each, scaled(1), f"{GPU} {name}") for each in (name, f"{name} of A")))
+    b = write("b.json", row(name, scaled(2)))
+    assert compare.main([a, b, "--force"]) == 1
+    words = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).split())
+    assert words.count(name) == 4  # the device, the row, what is only in A, what got slower
 
 
 @pytest.mark.parametrize("width", ["40", "60"])

@@ -189,6 +189,12 @@ def broken(**changes):
     return json.dumps(invented() | changes)
 
 
+def with_stage(stage, **entries):
+    data = invented()
+    data["stages"][stage] |= entries
+    return json.dumps(data)
+
+
 def with_row(stage, row):
     data = invented()
     data["stages"][stage]["rows"] = [row]
@@ -199,6 +205,7 @@ def with_row(stage, row):
     ("text", "what"),
     [
         ("{", "not JSON (Expecting property name"),
+        ("[" * 100_000, "nested too deeply"),
         ("[1]", "holds a list, must be what bench.gpu_suite writes"),
         ("{}", "dry_run is missing, must be a bool"),
         (broken(stages=[]), "stages is a list, must be a dict"),
@@ -206,7 +213,17 @@ def with_row(stage, row):
         (with_row("models", {"ms": 1}), "stages.models.rows[0]: must be an object with a name"),
         (with_row("models", dict(name="x", ms=1.0)), "stages.models.rows[0]: has no impl"),
         (with_row("models", model_row("ours", 1.0, ms_q20=-1)),
-         "stages.models.rows[0].ms_q20 is -1, must be a positive number"),
+         "stages.models.rows[0].ms_q20 is -1, must be a number from 1e-12 to 1e+15"),
+        (with_row("models", model_row("ours", 1.0, ms_q20=5e-324)), "ms_q20 is 5e-324, must be"),
+        (with_row("models", model_row("ours", 1.0, batch=True)), "batch is True, must be a number"),
+        (with_row("models", model_row("ours", 1.0, ms_q80=10**400)), "0000, must be finite"),
+        (with_row("kernels", kernel_row("ours", 1.0, speedup="x")), "speedup is 'x', must be a n"),
+        (with_row("memory", model_row("ours", 1.0, peak_gib=[1])), "peak_gib is [1], must be a n"),
+        (with_stage("ceilings", copy_gb_s=10**400), "stages.ceilings.copy_gb_s is 1000"),
+        (with_stage("ceilings", matmul_tflop_s=None), "matmul_tflop_s is None, must be a number"),
+        (with_stage("models", left_out=3), "stages.models.left_out must be a list of rows' names"),
+        (with_stage("models", left_out=[3]), "left_out must be a list of rows' names"),
+        (with_stage("models", status=["done"]), "stages.models.status is ['done'], must be text"),
         (with_row("kernels", kernel_row("ours", float("nan"))), "[0].ms is nan, must be finite"),
         (with_row("kernels", kernel_row("ours", 1.0, parity=True)), "parity is True, must be text"),
     ],
@@ -216,6 +233,12 @@ def test_a_broken_file_is_named_with_what_is_wrong(write, capsys, text, what):
     assert report.main([str(path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert str(path) in line and what in line
+
+
+def test_a_net_whose_memory_was_not_seen_is_compared_with_none(write):
+    data = invented()
+    data["stages"]["memory"]["rows"][0]["peak_gib"] = 0.0
+    assert not [each for each in comparisons(load(write(data))) if "memory" in each.what]
 
 
 def test_a_file_or_a_marker_that_is_not_there_is_code_2(write, capsys, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,6 +16,7 @@ from bench import environment, test_kernels
 from bench.ceilings import Ceilings
 from bench.conftest import GPU_STATE, mend
 from bench.timing import COLD_CACHES, MOST_SETS, count_sets
+from ddpm_fast.kernels.dropout import SPEC as DROPOUT
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -48,35 +50,76 @@ def test_the_suites_rows_carry_figures_ceilings_and_where_they_are_from(tmp_path
         assert "compiled" not in {row["name"] for row in rows}
 
 
-@pytest.mark.parametrize("wrong", [True, False])
-def test_a_wrong_kernel_fails_and_has_no_row(monkeypatch, wrong):
-    from ddpm_fast.kernels.dropout import SPEC
+@pytest.fixture
+def measure(monkeypatch):
+    """measure(spec, label, run) -> names of the rows that a small case leaves on the CPU."""
 
-    case = next(case for case in SPEC.cases if case.small)
-    right, rows = test_kernels.subject_of(SPEC.name, case.name, "eager", CPU), []
+    def measured(spec, label, run):
+        rows, case = [], next(case for case in spec.cases if case.small)
+        subject = replace(subject_of(spec.name, case.name, label, CPU), run=run, why_not="")
+        monkeypatch.setattr(test_kernels, "subject_of", lambda *_: subject)
+        test_kernels.test_kernel(
+            spec, case, "forward", "warm", label, CPU, Ceilings(10.0, 1.0),
+            lambda group, name, samples, figures: rows.append(name),
+        )  # fmt: skip
+        return rows
 
-    def run(**inputs):
-        return right.run(**inputs) * (1.01 if wrong else 1)
-
-    monkeypatch.setattr(test_kernels, "subject_of", lambda *_: replace(right, run=run))
+    subject_of = test_kernels.subject_of
     monkeypatch.setattr(test_kernels, "SECONDS", 1e-3)
     test_kernels.refusal.cache_clear()
+    yield measured
+    test_kernels.refusal.cache_clear()  # what it found is of this test's subject
 
-    def measure():
-        test_kernels.test_kernel(
-            SPEC, case, "forward", "warm", "eager", CPU, Ceilings(10.0, 1.0),
-            lambda group, name, samples, figures: rows.append((group, name)),
-        )  # fmt: skip
 
-    try:
-        if wrong:
-            with pytest.raises(pytest.fail.Exception, match="no figure for eager: output is 1.0e-"):
-                measure()
-        else:
-            measure()
-    finally:
-        test_kernels.refusal.cache_clear()  # what it found is of this test's subject
-    assert [name for _, name in rows] == ([] if wrong else ["eager"])
+@pytest.mark.parametrize("factor", [1, 1.01])
+def test_a_wrong_kernel_fails_and_has_no_row(measure, factor):
+    def run(**inputs):
+        return factor * DROPOUT.reference(**inputs)
+
+    if factor == 1:
+        assert measure(DROPOUT, "eager", run) == ["eager"]
+    else:
+        with pytest.raises(pytest.fail.Exception, match="no figure for eager: output is 1.0e-"):
+            measure(DROPOUT, "eager", run)
+
+
+def refusing(run, after):
+    """`run`, but as SDPA does for a head size that a backend lacks, after so many calls."""
+    calls = iter(range(after))
+
+    def refuses(**inputs):
+        if next(calls, None) is None:
+            raise RuntimeError("No available kernel.\nAborting execution.")
+        return run(**inputs)
+
+    return refuses
+
+
+PEERS = [("attention", "SDPA cudnn_attention"), ("residual_block", "diffusers")]
+
+
+@pytest.mark.parametrize("after", [0, 1, 3])  # asked for its parity, warming up, being timed
+@pytest.mark.parametrize(("kernel", "label"), PEERS)
+def test_a_peer_that_refuses_a_case_is_skipped_with_its_reason(measure, kernel, label, after):
+    spec = next(spec for spec in test_kernels.TIMED if spec.name == kernel)
+    reason = f"{label}: fails: RuntimeError: No available kernel. Aborting execution."
+    with pytest.raises(pytest.skip.Exception, match=re.escape(reason)):
+        measure(spec, label, refusing(spec.reference, after))
+
+
+@pytest.mark.parametrize("after", [0, 1, 3])
+@pytest.mark.parametrize("label", ["ours", "eager"])
+def test_what_is_no_peer_has_to_run(measure, label, after):
+    with pytest.raises(RuntimeError, match="No available kernel"):
+        measure(DROPOUT, label, refusing(DROPOUT.reference, after))
+
+
+def test_a_peer_after_which_the_device_is_lost_fails(measure, monkeypatch):
+    monkeypatch.setattr(test_kernels, "is_lost", lambda device: True)
+    (kernel, label), *_ = PEERS
+    spec = next(spec for spec in test_kernels.TIMED if spec.name == kernel)
+    with pytest.raises(RuntimeError, match="No available kernel"):
+        measure(spec, label, refusing(spec.reference, 0))
 
 
 def test_shares_of_the_floor_are_of_the_larger_ceiling():
