@@ -93,17 +93,16 @@ class CapturedCall:
         return self._stream
 
     def _capture(self) -> None:
-        graph = torch.cuda.CUDAGraph()
+        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         try:
             with _no_collection(), self.side_stream():
                 torch.cuda.synchronize()
                 torch.cuda.empty_cache()  # what the warm-up held serves the graph
-                _record(graph, self._run())
+                _record(graph, self._run(), pool)
         except RuntimeError as error:
             self._failed_graph = graph  # the allocator may go on asking it about its stream
             torch.cuda.synchronize(self._device)
-            with suppress(RuntimeError):
-                graph.reset()  # memory and collectives, where the capture itself ended well
+            self._give_back(graph, pool)
             self.why_not = str(error).strip().partition("\n")[0]
             self._agreed(False)
         else:
@@ -113,11 +112,21 @@ class CapturedCall:
                 graph.reset()
                 self.why_not = "another process could not capture it"
 
+    def _give_back(self, graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:
+        """What a failed capture holds: the next try, or the eager call, may need the memory."""
+        with suppress(RuntimeError):
+            graph.reset()  # where the capture itself ended well: out of memory, a Python error
+        # A capture that was invalidated has not ended for torch's allocator (pytorch #180395).
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(self._device.index or 0, pool)
+            torch._C._cuda_releasePool(self._device.index or 0, pool)
+        torch.cuda.empty_cache()
 
-def _record(graph: torch.cuda.CUDAGraph, run: Callable[[], None]) -> None:
-    """Capture run() in the current stream; raises what it raises."""
+
+def _record(graph: torch.cuda.CUDAGraph, run: Callable[[], None], pool: tuple[int, int]) -> None:
+    """Capture run() in the current stream, its memory from `pool`; raises what it raises."""
     # Other threads (checkpoints, pictures) may use the device meanwhile.
-    graph.capture_begin(capture_error_mode="thread_local")
+    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
     try:
         run()
     except BaseException:

@@ -10,6 +10,7 @@ import torch
 from ddpm_fast.graphs import CapturedCall
 
 CPU, CUDA_1 = torch.device("cpu"), torch.device("cuda", 1)
+POOL = (0, 7)
 
 
 class Cuda:
@@ -33,6 +34,12 @@ class Cuda:
         monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: self.see("emptied"))
         monkeypatch.setattr(torch.cuda, "CUDAGraph", self.graph)
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: POOL)
+        for name in ("endAllocateToPool", "releasePool"):
+            monkeypatch.setattr(
+                torch._C, f"_cuda_{name}", lambda *its, name=name: self.pool(name, *its),
+                raising=False,
+            )  # fmt: skip
 
     @contextmanager
     def become(self, name, value):
@@ -50,14 +57,16 @@ class Cuda:
         cuda = self
 
         class Graph:
-            def capture_begin(self, capture_error_mode):
-                assert capture_error_mode == "thread_local"
+            def capture_begin(self, pool, capture_error_mode):
+                assert capture_error_mode == "thread_local" and pool == POOL
+                cuda.allocating = True
                 cuda.see("begin")
 
             def capture_end(self):
                 cuda.see("end")
-                if cuda.fails:
+                if cuda.fails:  # and the allocator was not told
                     raise RuntimeError(cuda.fails)
+                cuda.allocating = False
 
             def replay(self):
                 cuda.see("replay")
@@ -68,6 +77,13 @@ class Cuda:
         made = Graph()
         self.graphs.append(weakref.ref(made))
         return made
+
+    def pool(self, name, device, pool):
+        assert (device, pool) == (CUDA_1.index, POOL)
+        if not self.allocating:
+            raise RuntimeError("not currently recording to the pool")
+        self.see(name)
+        self.allocating = name == "endAllocateToPool"
 
     def names(self):
         return [what for what, *_ in self.seen]
@@ -111,7 +127,8 @@ def test_after_a_capture_that_was_invalidated_the_first_reason_is_told_and_the_s
     for _ in range(5):
         call()
     assert call.why_not == "CUDA error: .item() while capturing" and not call.captured
-    assert cuda.names()[-4:] == ["end", "reset", "run", "run"]
+    freed = ["reset", "endAllocateToPool", "releasePool", "emptied"]
+    assert cuda.names()[-7:] == ["end", *freed, "run", "run"]
     assert cuda.now_stream is cuda.default and cuda.now_device.index == 0
     assert gc.isenabled()
     assert cuda.graphs[0]() is not None, "the allocator still asks it"
@@ -134,6 +151,19 @@ def test_a_graph_is_replayed_if_all_processes_have_one(cuda, mine, others):
     assert cuda.names()[-2:] == (["replay"] if call.captured else ["run"]) * 2
     told = None if call.captured else "another process could not capture it"
     assert call.why_not == (told if mine else "not here")
+
+
+def test_the_memory_of_a_capture_that_ran_out_of_it_is_free_for_the_eager_call(cuda):
+    def run():
+        cuda.see("run")
+        if cuda.names()[-2:-1] == ["begin"]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    call = CapturedCall(run, CUDA_1)
+    for _ in range(4):
+        call()
+    assert cuda.names()[-4:] == ["end", "reset", "emptied", "run"]
+    assert call.why_not == "CUDA out of memory"
 
 
 def test_an_error_of_another_kind_ends_the_capture_and_is_raised(cuda):

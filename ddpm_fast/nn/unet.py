@@ -121,6 +121,8 @@ class UNet(nn.Module):
                 nn.SiLU(),
                 nn.Linear(config.time_emb_dim, config.time_emb_dim),
             )
+        # On its channels as they are: padded to 8, for tensor cores, where bench/step_parts.py's
+        # rows of a GPU show that it pays; not yet measured
         self.init_conv = nn.Conv2d(config.img_channels, base, 3, padding=1)
 
         widths = [base * mult for mult in config.channel_mults]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +68,7 @@ def _draw(options: SampleOptions, device: torch.device, world: World) -> None:
     start = time.perf_counter()
     batches = world.from_chief(lambda: _missing_batches(options, folder))
     share = [range(*batch) for batch in batches[world.rank :: world.size]]
-    with _told_if_it_does_not_fit(options, device):
+    with _told_if_it_does_not_fit(options, trained, dtype, device):
         sampler = _sampler(options, trained, dtype)
         own = _draw_share(options, trained, sampler, folder, share, console)
     drawn = sum(world.gather(own))
@@ -79,18 +81,49 @@ def _draw(options: SampleOptions, device: torch.device, world: World) -> None:
 
 
 @contextmanager
-def _told_if_it_does_not_fit(options: SampleOptions, device: torch.device) -> Iterator[None]:
+def _told_if_it_does_not_fit(
+    options: SampleOptions, trained: Trained, dtype: torch.dtype | None, device: torch.device
+) -> Iterator[None]:
+    """SamplingError with the batch size that does, measured."""
     try:
         yield
+        return
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        size = options.images_at_a_time
-        smaller = f"--batch-size {size // 2}" if size > 1 else "another --device"
-        raise SamplingError(
-            f"out of memory: {size} images at a time do not fit on {device}; {smaller} may; images "
-            f"drawn so far stay, and {GO_ON}"
-        ) from None
+        error.__traceback__ = None  # it holds the sampler's tensors
+    size, fits = options.images_at_a_time, _batch_that_fits(options, trained, dtype, device)
+    smaller = (
+        "and not even one does: another --device may"
+        if fits is None
+        else f"{fits} do (measured): --batch-size {fits}"
+    )
+    raise SamplingError(
+        f"out of memory: {size} images at a time do not fit on {device}, {smaller}; images drawn "
+        f"so far stay, and {GO_ON}"
+    )
+
+
+def _batch_that_fits(
+    options: SampleOptions, trained: Trained, dtype: torch.dtype | None, device: torch.device
+) -> int | None:
+    """The first of size // 2, size // 4, ..., 1 of which a step fits."""
+    size = options.images_at_a_time
+    while size > 1:
+        size //= 2
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        fewer = replace(options, batch_size=size, steps=1)
+        try:
+            _sample(_sampler(fewer, trained, dtype), fewer, trained, range(size))
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            error.__traceback__ = None
+        else:
+            return size
+    return None
 
 
 def _load(options: SampleOptions, device: torch.device, world: World) -> Trained:

@@ -419,12 +419,12 @@ class Run:
 
     def _check_finite(self) -> None:
         if not self.train_step.healthy.item():
-            loss, norm = self.train_step.loss.item(), self.train_step.grad_norm.item()
+            before, loss, norm = self.train_step.failed.tolist()
             self.saving.settle()
             steps = checkpoint.steps_in(self.folder.checkpoints)
             kept = f"the checkpoint of step {steps[-1]} is untouched" if steps else "none was saved"
             raise TrainingError(
-                f"loss {loss}, gradient norm {norm} at step {self.step}: training diverged; "
+                f"loss {loss}, gradient norm {norm} at step {before + 1:.0f}: training diverged; "
                 f"{kept}; try a smaller --learning-rate, --precision fp32 or --on-nan skip"
             )
 

@@ -15,23 +15,17 @@ def advice(train_step: TrainStep, *, resumed: bool) -> str:
 
     resumed  the run keeps its batch size
     """
-    config = train_step.config
-    parts = train_step.batches.batch_size // config.grad_accumulation
-    if train_step.world.size > 1:  # the others do not try with it
-        return (
-            f"out of memory: {parts} images at a time do not fit on {train_step.batches.device}; "
-            f"--grad-accumulation {2 * config.grad_accumulation} trains the same way, --recompute "
-            "norm or block saves memory"
-        )
-    fits = largest_part_that_fits(train_step, parts)
-    given = f"out of memory: {parts} images at a time do not fit on {train_step.batches.device}"
+    own_images = train_step.batches.batch_size
+    tried = own_images // train_step.config.grad_accumulation
+    fits = largest_part_that_fits(train_step, tried)
+    given = f"out of memory: {tried} images at a time do not fit on {train_step.batches.device}"
     if fits is None:
         return f"{given}, and not even one does; a smaller net or another --device may"
     accumulation = next(
-        k for k in range(1, config.batch_size + 1)
-        if config.batch_size % k == 0 and config.batch_size // k <= fits
-    )  # fmt: skip
-    smaller = "" if resumed else f"--batch-size {fits} on smaller batches, "
+        k for k in range(1, own_images + 1) if own_images % k == 0 and own_images // k <= fits
+    )
+    batch_size = fits * train_step.world.size
+    smaller = "" if resumed else f"--batch-size {batch_size} on smaller batches, "
     return (
         f"{given}, {fits} do (measured): --grad-accumulation {accumulation} trains the same way, "
         f"{smaller}--recompute norm or block saves memory"
@@ -41,6 +35,7 @@ def advice(train_step: TrainStep, *, resumed: bool) -> str:
 def largest_part_that_fits(train_step: TrainStep, tried: int) -> int | None:
     """The first of tried // 2, tried // 4, ..., 1 whose forward and backward pass fits."""
     train_step.forget_graphs()  # their memory
+    train_step.leave_ranks()  # which do not try with it
     while tried > 1:
         tried //= 2
         _free(train_step)

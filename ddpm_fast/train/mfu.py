@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from dataclasses import replace
 
 import torch
@@ -10,19 +11,24 @@ import torch
 from ddpm_fast.nn.config import UNetConfig
 from ddpm_fast.nn.unet import UNet
 
-# Dense bf16 products, TFLOP/s, by a part of the device's name; the first that fits counts.
+# Dense bf16 products, TFLOP/s, by the device's name; the first that fits counts.
 # NVIDIA's data sheets: 1,979 with sparsity for an H100 SXM, half of it without.
 PEAK_TFLOP_S = (
-    ("H100 PCIe", 756.0), ("H100 NVL", 835.0), ("H100", 989.0), ("H200", 989.0),
-    ("B200", 2250.0), ("A100", 312.0), ("L40S", 362.0), ("RTX 4090", 165.0), ("RTX 3090", 71.0),
-)  # fmt: skip
+    (r"\bH[12]00 (PCIe|NVL)", None),  # other clocks than the SXM ones'
+    (r"\bH[12]00\b", 989.0),
+    (r"\bB200\b", 2250.0),
+    (r"\bA100\b", 312.0),
+    (r"\bL40S\b", 362.0),
+    (r"\bRTX 4090$", 165.0),
+    (r"\bRTX 3090$", 71.0),
+)
 # Backward has one matrix product for the input and one for the weight of each of forward's.
 TRAINING_OVER_FORWARD = 3
 
 
 def peak_tflop_s(device_name: str) -> float | None:
     """Of bf16 products without sparsity; None for a device that is not in the table."""
-    return next((peak for part, peak in PEAK_TFLOP_S if part in device_name), None)
+    return next((peak for name, peak in PEAK_TFLOP_S if re.search(name, device_name)), None)
 
 
 @functools.cache

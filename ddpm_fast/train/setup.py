@@ -132,12 +132,19 @@ def for_ranks(
 
 def choose_algorithms(device: torch.device, *, deterministic: bool) -> None:
     """cuDNN's fastest algorithms, by trying them at the first steps; or only ones that give the
-    same bits each time, which is also what somebody who has asked torch for such gets."""
+    same bits each time, which is also what somebody who has asked torch for such gets.
+
+    Of torch's attentions only the plain one has a backward pass of the same bits.
+    """
     if device.type != "cuda":
         return
     cudnn = torch.backends.cudnn
     cudnn.deterministic = cudnn.deterministic or deterministic
-    cudnn.benchmark = not (cudnn.deterministic or torch.are_deterministic_algorithms_enabled())
+    same_bits = cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
+    cudnn.benchmark = not same_bits
+    if same_bits:
+        for enable in ("enable_flash_sdp", "enable_mem_efficient_sdp", "enable_cudnn_sdp"):
+            getattr(torch.backends.cuda, enable)(False)
 
 
 def make_step(

@@ -35,9 +35,10 @@ class TrainStep:
 
     loss, grad_norm  () fp32: the last step's
     healthy          () bool: all steps were finite, or skipped;  skipped  () int64: how many were
+    failed           (3,) fp64: number, loss and gradient norm of the step that ended healthy
     These stay on the device until somebody reads them. A step whose loss or gradient is not finite
     changes no weight, average or running statistic, nor does a later one unless such steps are
-    skipped (config.on_nan).
+    skipped (config.on_nan). It counts in the warm-up of the averages' decay all the same.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class TrainStep:
         self.grad_norm = torch.zeros((), device=device)
         self.healthy = torch.ones((), dtype=torch.bool, device=device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self.failed = torch.zeros(3, dtype=torch.float64, device=device)
         self._refused = torch.zeros((), device=device)
         optimizer.found_inf = self._refused  # fused optimizers leave all as it is where 1
         # the new weights' share in each average; 0 where no update is due
@@ -151,13 +153,17 @@ class TrainStep:
         self._gradients = FlatGradients(
             self.parameters, dist.get_world_size(), torch.bfloat16 if bf16 else None
         )
-        if self._shares_gradients:
-            self.forward._remove_autograd_hooks()  # a capture may have ended between two of them
-            self.forward = self.forward.module
+        self.leave_ranks()
         self._halves = tuple(
             CapturedCall(half, self.batches.device)
             for half in (self._compute_gradients, self._use_gradients)
         )
+
+    def leave_ranks(self) -> None:
+        """Send no gradients during the backward pass from now on."""
+        if self._shares_gradients:
+            self.forward._remove_autograd_hooks()  # a pass may have ended between two of them
+            self.forward = self.forward.module
 
     def _run_in_halves(self) -> None:
         compute, use = self._halves
@@ -278,8 +284,10 @@ class TrainStep:
         """Count a step that is not finite, or remember it for good."""
         if self.config.on_nan == "skip":
             self.skipped += ~finite
-        else:
-            self.healthy &= finite
+            return
+        now = torch.stack([value.double() for value in (self.rng[1], self.loss, self.grad_norm)])
+        self.failed.copy_(torch.where(self.healthy & ~finite, now, self.failed))
+        self.healthy &= finite
 
     @property
     def _memory_format(self) -> torch.memory_format:

@@ -13,6 +13,8 @@ from ddpm_fast.errors import UsageError
 from ddpm_fast.train import setup
 from ddpm_fast.train.config import TrainConfig
 from ddpm_fast.train.flat_gradients import FlatGradients
+from ddpm_fast.train.memory import advice
+from ddpm_fast.train.step import TrainStep
 from tests.distributed.hook_order import SMALL
 
 
@@ -101,6 +103,22 @@ def test_a_step_whose_capture_failed_within_ddp_is_taken_in_halves(shared_step, 
         shared_step(number)
         assert sent == [sum(p.nbytes for p in shared_step.parameters), 4]
         assert shared_step.halved and shared_step.loss.isfinite() and not by_ddp
+
+
+def test_a_rank_out_of_memory_tries_alone_what_fits(shared_step, monkeypatch):
+    shared_step(0)
+    sent, backward = [], TrainStep.backward
+
+    def limited(self, rows):
+        if rows.stop - rows.start > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        backward(self, rows)
+
+    shared_step.forward.register_comm_hook(None, lambda state, bucket: sent.append(bucket))
+    monkeypatch.setattr(TrainStep, "backward", limited)
+    told = advice(shared_step, resumed=False)  # of 8 images 4 are this rank's
+    assert "4 images at a time do not fit on cpu, 1 do (measured)" in told and not sent
+    assert "--grad-accumulation 4 trains the same way, --batch-size 2 on smaller batches" in told
 
 
 def test_gradients_of_two_halves_are_rounded_on_their_way_where_asked(monkeypatch):

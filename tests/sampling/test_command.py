@@ -322,15 +322,28 @@ def test_ctrl_c_is_one_line(draw, refused, tiny_run, tmp_path, monkeypatch):
     assert refused(main, argv, 1) == "interrupted"
 
 
-def test_out_of_memory_is_one_line_that_says_what_may_fit(tiny_run, tmp_path, monkeypatch, refused):
-    def fail(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory.")
+@pytest.mark.parametrize(
+    "most, told",
+    [
+        (2, "2 do (measured): --batch-size 2; images drawn so far stay"),
+        (0, "and not even one does: another --device may; images drawn so far stay"),
+    ],
+)
+def test_out_of_memory_is_one_line_that_says_what_fits(
+    most, told, tiny_run, tmp_path, monkeypatch, refused
+):
+    original = command._sample
 
-    monkeypatch.setattr(command, "_sample", fail)
+    def limited(sampler, options, trained, numbers, *more):
+        if len(numbers) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return original(sampler, options, trained, numbers, *more)
+
+    monkeypatch.setattr(command, "_sample", limited)
     argv = ["--checkpoint", tiny_run, "--out", tmp_path / "out", "--batch-size", 8]
     message = refused(main, argv, 1)
     assert message.startswith("out of memory: 8 images at a time do not fit on ")
-    assert "; --batch-size 4 may; images drawn so far stay" in message
+    assert told in message
 
 
 def test_a_batch_is_written_while_the_next_is_drawn(draw, monkeypatch):

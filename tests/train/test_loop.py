@@ -40,7 +40,7 @@ def test_a_run_that_diverges_stops_and_spares_the_last_healthy_checkpoint(
     flags = ("--iterations", 12, "--checkpoint-every", 4, "--log-every", 100, "--sample-every", 0)
     argv = [*tiny, *flags, "--run-dir", tmp_path / "run"]
     message = refused(main, argv, 1)
-    assert "at step 8: training diverged; the checkpoint of step 4 is untouched" in message
+    assert "at step 6: training diverged; the checkpoint of step 4 is untouched" in message
     assert checkpoint.steps_in(tmp_path / "run" / "checkpoints") == [4]
     saved = checkpoint.load(tmp_path / "run" / "checkpoints" / "step_00000004")
     assert all(torch.isfinite(t).all() for part in saved.parts.values() for t in part.values())

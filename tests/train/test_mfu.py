@@ -42,8 +42,10 @@ def test_the_flops_of_a_small_net_are_those_by_hand(num_classes):
 @pytest.mark.parametrize(
     "name, peak",
     [
-        ("NVIDIA H200", 989), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", None),
         ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA B200", 2250), ("NVIDIA GeForce GTX 1080", None),
+        ("NVIDIA H200 NVL", None), ("NVIDIA GB200", None), ("NVIDIA GeForce RTX 3090", 71),
+        ("NVIDIA GeForce RTX 3090 Ti", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
     ],
 )  # fmt: skip
 def test_a_devices_peak_is_found_by_its_name(name, peak):

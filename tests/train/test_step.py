@@ -1,6 +1,7 @@
 """The training step: parts of a batch, steps that are not finite, compiling, memory."""
 
 import gc
+import math
 import weakref
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -84,6 +85,8 @@ def test_a_step_that_is_not_finite_changes_no_weight_and_stops_all_later_ones(
     step(2)
     assert not step.healthy
     assert all(torch.equal(a, b) for a, b in zip(before, state_of(step), strict=True))
+    number, loss, _ = step.failed.tolist()  # not the finite one of the step after
+    assert number == 1 and math.isnan(loss) and step.loss.isfinite()
 
 
 @pytest.mark.parametrize("norm", ["gn", "bn"])
@@ -168,12 +171,17 @@ def test_cudnn_tries_its_algorithms_unless_the_same_bits_are_wanted(monkeypatch)
     before = cudnn.benchmark, cudnn.deterministic
     for name, value in zip(("benchmark", "deterministic"), before, strict=True):
         monkeypatch.setattr(cudnn, name, value)  # and back at the end
+    attentions = []
+    for name in ("flash", "mem_efficient", "cudnn"):
+        switch = lambda on, name=name: attentions.append((name, on))  # noqa: E731
+        monkeypatch.setattr(torch.backends.cuda, f"enable_{name}_sdp", switch)
     setup.choose_algorithms(torch.device("cpu"), deterministic=True)
     assert (cudnn.benchmark, cudnn.deterministic) == before
     setup.choose_algorithms(cuda, deterministic=False)
-    assert (cudnn.benchmark, cudnn.deterministic) == (True, False)
+    assert (cudnn.benchmark, cudnn.deterministic) == (True, False) and not attentions
     setup.choose_algorithms(cuda, deterministic=True)
     assert (cudnn.benchmark, cudnn.deterministic) == (False, True)
+    assert attentions == [("flash", False), ("mem_efficient", False), ("cudnn", False)]
     setup.choose_algorithms(cuda, deterministic=False)  # asked for by the caller
     assert (cudnn.benchmark, cudnn.deterministic) == (False, True)
     cudnn.deterministic = False
@@ -359,6 +367,8 @@ def test_memory_errors_of_both_allocators_are_known():
     from ddpm_fast.device import is_out_of_memory
 
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    for text in ("Triton Error [CUDA]: out of memory", "CUDNN_STATUS_ALLOC_FAILED"):
+        assert is_out_of_memory(RuntimeError(text))
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)
     assert is_out_of_memory(caught.value)

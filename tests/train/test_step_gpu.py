@@ -9,20 +9,30 @@ from ddpm_fast import distributed
 from ddpm_fast.data import open_images
 from ddpm_fast.distributed import ALONE, World
 from ddpm_fast.train.config import TrainConfig
-from ddpm_fast.train.setup import make_step, wrap_net
+from ddpm_fast.train.setup import choose_algorithms, make_step, wrap_net
 from ddpm_fast.train.step import DDP_WARM_UP_CALLS, TrainStep
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+ATTENTIONS = ("flash", "mem_efficient", "cudnn")
+# The cifar10 preset's attention: 256 pixels, one head of 256 channels, which torch's takes
+WIDE = dict(base_channels=256, channel_mults=(1,), attention_resolutions=(0,), num_groups=32)
 STEPS = 8  # three warm up, then one is captured
 
 
 @pytest.fixture(autouse=True)
 def deterministic(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    cuda = torch.backends.cuda
+    for name in ("deterministic", "benchmark"):
+        value = getattr(torch.backends.cudnn, name)
+        monkeypatch.setattr(torch.backends.cudnn, name, value)  # and back at the end
+    attentions = {name: getattr(cuda, f"{name}_sdp_enabled")() for name in ATTENTIONS}
+    choose_algorithms(torch.device("cuda"), deterministic=True)
+    yield
+    for name, enabled in attentions.items():
+        getattr(cuda, f"enable_{name}_sdp")(enabled)
 
 
 def make(world=ALONE, **changes):
@@ -59,6 +69,7 @@ def first_of_two(monkeypatch):
     [
         {"precision": "fp32"},
         {"precision": "bf16"},
+        {"precision": "bf16", "batch_size": 8, **WIDE},
         {"grad_accumulation": 2},
         {"use_labels": True},
         {"recompute": "norm"},
