@@ -107,10 +107,19 @@ def add_speedups(rows: list[dict[str, Any]], global_batch: int) -> None:
             row["serial_fraction"] = (1 / speedup - 1 / n) / (1 - 1 / n)
 
 
+def _is_strong_too(row: dict[str, Any], global_batch: int) -> bool:
+    """Whether a weak row's step is the strong one, which is then measured once.
+
+    Of one rank it is the base of both modes (see base_row), and one row is enough.
+    """
+    return 1 < row["world_size"] == global_batch / row["batch_per_rank"]
+
+
 def measured_parts(worlds: Sequence[Sequence[dict[str, Any]]], global_batch: int) -> dict[str, Any]:
     """The measured fields of a result from the ranks' files, a sequence for each world size.
 
-    Worlds of which a rank wrote nothing, or lacks a phase, give what all ranks have.
+    Worlds of which a rank wrote nothing, or lacks a phase, give what all ranks have. A weak phase
+    whose whole batch is the strong rows' gives a row of each mode.
     """
     rows, all_reduce = [], []
     complete = [ranks for ranks in worlds if ranks and len(ranks) == ranks[0]["world_size"]]
@@ -118,6 +127,8 @@ def measured_parts(worlds: Sequence[Sequence[dict[str, Any]]], global_batch: int
         for mode in ("weak", "strong"):
             if all(mode in rank["phases"] for rank in ranks):
                 rows.append(measured_row(mode, ranks))
+                if mode == "weak" and _is_strong_too(rows[-1], global_batch):
+                    rows.append(rows[-1] | {"mode": "strong"})
         for measured in ranks[0]["all_reduce"]:
             n = len(ranks)
             bus = measured["bytes"] / measured["seconds"] * 2 * (n - 1) / n / 1e9

@@ -157,7 +157,7 @@ def _header(options: ScalingOptions, gloo: bool) -> dict[str, Any]:
 
 
 def _batches(options: ScalingOptions, n: int) -> dict[str, int]:
-    """Mode -> images a rank; a strong row that is the weak one is measured once."""
+    """Mode -> images a rank; a strong step that is the weak one is measured once, as weak."""
     strong = options.strong_batch // n
     return {"weak": options.batch, **({"strong": strong} if strong != options.batch else {})}
 

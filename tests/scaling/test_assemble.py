@@ -107,6 +107,25 @@ def test_speedups_of_both_modes_start_at_the_row_of_one_rank():
     assert strong["serial_fraction"] == pytest.approx((50 / 70 - 0.5) / 0.5)
 
 
+def test_a_weak_step_with_the_strong_rows_batch_is_a_row_of_both_modes():
+    # --gpus 1,2,4 --batch-size 16 --global-batch 64: of 4 ranks both are 16 images each
+    parts = measured_parts(
+        [[rank(r, n, weak=phase(), **({} if n == 4 else {"strong": phase(64 // n, 0.32 / n)}))
+          for r in range(n)] for n in (1, 2, 4)], 64)  # fmt: skip
+    strong = [row for row in parts["rows"] if row["mode"] == "strong"]
+    assert [(row["world_size"], row["batch_per_rank"]) for row in strong] == [
+        (1, 64), (2, 32), (4, 16)]  # fmt: skip
+    assert strong[-1]["speedup"] == pytest.approx(4)
+    assert strong[-1]["serial_fraction"] == pytest.approx(0, abs=1e-9)
+    weak = [row for row in parts["rows"] if row["mode"] == "weak"]
+    assert weak[-1]["speedup"] == pytest.approx(4) and weak[-1]["serial_fraction"] is None
+
+
+def test_one_rank_whose_batch_is_the_whole_one_has_one_row():
+    parts = measured_parts([[rank(0, 1, weak=phase())]], 16)
+    assert [row["mode"] for row in parts["rows"]] == ["weak"]
+
+
 def test_an_efficiency_is_between_the_far_ends_of_both_rows():
     windows = [0.69, 0.70, 0.70, 0.70, 0.71]
     parts = measured_parts(
