@@ -14,11 +14,12 @@ import contextlib
 import statistics
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import groupby, islice
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from ddpm_fast.monitoring.host import HostReader
 
@@ -38,6 +39,18 @@ class Sample:
     celsius: float | None = None
     sm_mhz: float | None = None
     memory_mhz: float | None = None
+
+
+T = TypeVar("T")
+
+
+def every_reading(every: int, samples: Iterable[T], reading: Callable[[T], Any]) -> list[T]:
+    """The samples of one reading in `every`: all devices of a reading stay or go together.
+
+    reading  tells which reading a sample is of
+    """
+    groups = (list(group) for _, group in groupby(samples, reading))
+    return [sample for group in islice(groups, 0, None, every) for sample in group]
 
 
 Devices = Mapping[int, str] | Sequence[int | str]
@@ -132,11 +145,17 @@ class Monitor:
                 for device, values in self._reader.read():
                     self.samples.append(Sample(start - self._started, device, **values))
             if len(self.samples) > KEPT:
-                del self.samples[: KEPT // 2 : 2]
+                self._thin()
             took = time.perf_counter() - start
             self._busy_s += took
             if self._stop.wait(max(self.interval_s, took / BUDGET)):
                 return
+
+    def _thin(self) -> None:
+        """Of the older half of the samples, those of every other reading stay."""
+        middle = self.samples[KEPT // 2].seconds
+        old = [sample for sample in self.samples if sample.seconds < middle]
+        self.samples[: len(old)] = every_reading(2, old, lambda sample: sample.seconds)
 
 
 class NvmlReader:

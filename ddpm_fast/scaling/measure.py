@@ -15,7 +15,7 @@ from rich.console import Console
 from ddpm_fast.errors import UsageError
 from ddpm_fast.monitoring import host
 from ddpm_fast.monitoring.devices import visible_gpus
-from ddpm_fast.monitoring.monitor import Monitor
+from ddpm_fast.monitoring.monitor import Monitor, every_reading
 from ddpm_fast.scaling.assemble import add_predictions, measured_parts
 from ddpm_fast.scaling.interconnects import interconnect_of
 from ddpm_fast.scaling.launch import read_ranks, run_world
@@ -127,11 +127,16 @@ def measure(options: ScalingOptions, console: Console) -> dict[str, Any]:
                     notes.append(f"not measured after the failure: N = {_listed(skipped)}")
                 break
     result |= measured_parts(ranks, options.strong_batch)
-    every = -(-len(result["samples"]) // MOST_SAMPLES)
-    result["samples"] = result["samples"][:: max(1, every)]
+    result["samples"] = thinned(result["samples"])
     add_predictions(result, sorted(set(options.predict)), _interconnect(options, result))
     result["seconds"] = time.monotonic() - started
     return result
+
+
+def thinned(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """About MOST_SAMPLES of them, evenly, each reading with all its devices."""
+    every = max(1, -(-len(samples) // MOST_SAMPLES))
+    return every_reading(every, samples, lambda row: (row["world_size"], row["seconds"]))
 
 
 def _header(options: ScalingOptions, gloo: bool) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ddpm_fast.monitoring import host
+from ddpm_fast.monitoring import monitor as monitoring
 from ddpm_fast.monitoring.devices import gpus_in_use
 from ddpm_fast.monitoring.monitor import BUDGET, EnergyMeter, Monitor
 from ddpm_fast.scaling.machine import topology
@@ -118,6 +119,21 @@ def test_sampling_this_machine_costs_less_than_a_thousandth():
         if shares[-1] < 1e-3:
             break
     assert min(shares) < 1e-3, shares
+
+
+def test_old_readings_are_thinned_whole(monkeypatch):
+    monkeypatch.setattr(monitoring, "KEPT", 100)
+    monitor, waits = Monitor(interval_s=1e-3, nvml=FakeNvml(count=8)), iter([False] * 60 + [True])
+    monitor._stop.wait = lambda seconds: next(waits)  # 61 readings of 8 GPUs
+    with monitor:
+        monitor._thread.join()
+    assert 50 < len(monitor.samples) <= 100
+    devices = {f"GPU {number}" for number in range(8)}
+    readings = {sample.seconds for sample in monitor.samples}
+    assert [s.seconds for s in monitor.samples] == sorted(s.seconds for s in monitor.samples)
+    for seconds in readings:
+        assert {s.device for s in monitor.samples if s.seconds == seconds} == devices
+    assert {sample.device for sample in monitor.latest()} == devices
 
 
 def test_some_gpus_can_be_chosen():

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from ddpm_fast.errors import UsageError
+from ddpm_fast.scaling import measure
 from ddpm_fast.scaling import result as results
 from ddpm_fast.scaling.compare import differences, pairs
 from ddpm_fast.scaling.legacy import legacy_view
@@ -137,6 +138,18 @@ def test_the_legacy_views_memory_is_a_dict_a_sample_as_the_originals(result):
     assert entry["gpu_1"] == {
         "memory_allocated_gb": 11.0, "memory_reserved_gb": 9.0, "max_memory_gb": 9.0}  # fmt: skip
     assert entry["total_memory_gb"] == 21.0
+
+
+def test_many_samples_of_eight_gpus_are_thinned_with_all_of_them(result, monkeypatch):
+    monkeypatch.setattr(measure, "MOST_SAMPLES", 100)
+    (sample,) = result["samples"][-1:]
+    samples = [sample | {"device": f"GPU {i}", "seconds": float(second), "memory_gib": 1.0}
+               for second in range(100) for i in range(8)]  # fmt: skip
+    result["samples"] = measure.thinned(samples)
+    assert 90 <= len(result["samples"]) <= 110
+    for entry in legacy_view(result)["multi_gpu"]["memory_history"]:
+        assert entry["total_memory_gb"] == 8 and {f"gpu_{i}" for i in range(8)} <= set(entry)
+    assert measure.thinned(samples[:80]) == samples[:80]
 
 
 def test_a_legacy_view_of_one_rank_leaves_the_other_side_open(result):
