@@ -273,6 +273,37 @@ def test_pairs_of_gpus_are_named_as_nvidia_smi_does(ends, expected):
     assert topology(nvml, ["GPU-0", "GPU-1"]) == ("580.1", [["X", expected], [expected, "X"]])
 
 
+@pytest.mark.parametrize(
+    ("known", "expected"),
+    [({}, "NV18?"),  # as on a virtual machine: the switches are not told
+     ({number: "0000:09" for number in range(12)}, "NV18"),
+     ({number: None for number in range(18)}, "SYS")],  # inactive
+)  # fmt: skip
+def test_an_active_link_whose_far_end_is_refused_is_a_link(known, expected):
+    def remote(gpu, link):
+        if link not in known:
+            raise NotSupported
+        return SimpleNamespace(busId=known[link])
+
+    nvml = FakeNvml()
+    nvml.nvmlDeviceGetNvLinkState = lambda gpu, link: int(known.get(link, "") is not None)
+    nvml.nvmlDeviceGetNvLinkRemotePciInfo = remote
+    assert topology(nvml, ["GPU-0", "GPU-1"])[1] == [["X", expected], [expected, "X"]]
+
+
+def test_a_pair_with_links_of_its_own_counts_those():
+    nvml = FakeNvml()  # each GPU: 4 links to the other, 2 of unknown end
+    nvml.nvmlDeviceGetNvLinkState = lambda gpu, link: int(link < 6)
+
+    def remote(gpu, link):
+        if link >= 4:
+            raise NotSupported
+        return SimpleNamespace(busId=f"0000:0{1 - gpu}")
+
+    nvml.nvmlDeviceGetNvLinkRemotePciInfo = remote
+    assert topology(nvml, ["GPU-0", "GPU-1"])[1][0][1] == "NV4"
+
+
 def test_this_machine_has_a_processor_cores_and_memory():
     total, used = host.memory_gib()
     assert host.cpu_name() and host.cores() >= 1
