@@ -4,7 +4,7 @@
         train()
     monitor.samples, monitor.joules()
 
-NVML is asked seldom enough to cost less than BUDGET of the time. Without NVML, its samples are
+NVML is asked seldom enough to cost less than a budget of the time. Without NVML, its samples are
 this machine's processors and memory, and `why_not` says in one line why.
 """
 
@@ -64,7 +64,10 @@ class Monitor:
     devices     UUIDs of GPUs by the number that a sample calls them, as torch's; or NVML's numbers
                 or UUIDs in order; None: all; empty: none, as when the processors do the work
     interval_s  between samples, or more where sampling is slow
+    budget      share of the time that sampling may take: for a process that does the work itself
+                BUDGET, more for one that only watches
     nvml        the pynvml module, for tests
+    raises      ValueError  an interval that is not positive, a budget that is no share
     """
 
     def __init__(
@@ -72,11 +75,14 @@ class Monitor:
         devices: Devices | None = None,
         *,
         interval_s: float = 0.5,
+        budget: float = BUDGET,
         nvml: ModuleType | None = None,
     ) -> None:
         if not interval_s > 0:
             raise ValueError(f"interval_s={interval_s} must be positive")
-        self.interval_s, self.samples = interval_s, []
+        if not 0 < budget <= 1:
+            raise ValueError(f"budget={budget} must be more than 0 and at most 1")
+        self.interval_s, self.budget, self.samples = interval_s, budget, []
         self.why_not: str | None = None
         self._devices, self._nvml = devices, nvml
         self._reader: NvmlReader | HostReader = HostReader()
@@ -148,7 +154,7 @@ class Monitor:
                 self._thin()
             took = time.perf_counter() - start
             self._busy_s += took
-            if self._stop.wait(max(self.interval_s, took / BUDGET)):
+            if self._stop.wait(max(self.interval_s, took / self.budget)):
                 return
 
     def _thin(self) -> None:

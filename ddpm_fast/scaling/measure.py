@@ -24,6 +24,7 @@ from ddpm_fast.scaling.machine import describe, versions
 from ddpm_fast.scaling.options import ScalingOptions, check_divides, dividing
 from ddpm_fast.scaling.result import SCHEMA, rank_word
 
+WATCHING = 0.05  # share of this process's time for sampling: it waits, the ranks are others
 MOST_SAMPLES = 2000  # kept in a result
 
 
@@ -104,7 +105,7 @@ def measure(options: ScalingOptions, console: Console) -> dict[str, Any]:
             view.world(n)
             folder = Path(work) / f"world-{n}"
             offset = time.monotonic() - started
-            with Monitor({} if gloo else visible_gpus(range(n))) as monitor:
+            with Monitor({} if gloo else visible_gpus(range(n)), budget=WATCHING) as monitor:
 
                 def on_poll(events, monitor=monitor):
                     for event in events:

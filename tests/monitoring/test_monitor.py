@@ -110,6 +110,17 @@ def test_reads_are_so_far_apart_that_they_cost_under_a_thousandth():
     assert 0.005 <= monitor._busy_s < 1e-3 * waited[0]
 
 
+def test_a_process_that_only_watches_reads_more_often():
+    nvml, waited = FakeNvml(count=1, seconds=0.005), []
+    monitor = Monitor(interval_s=0.001, budget=0.05, nvml=nvml)
+    monitor._stop.wait = lambda seconds: waited.append(seconds) or True
+    with monitor:
+        monitor._thread.join()
+    assert waited[0] == pytest.approx(monitor._busy_s / 0.05)
+    with pytest.raises(ValueError, match="budget=0 must be more than 0 and at most 1"):
+        Monitor(budget=0)
+
+
 def test_sampling_this_machine_costs_less_than_a_thousandth():
     shares = []
     for _ in range(5):  # the best of them: a busy machine may hold up a single read
