@@ -165,10 +165,10 @@ def make_model(
         link, assumed = _measured_link(fits, result)
         source = f"fitted on all-reduces among {' and '.join(map(str, fits))} ranks"
     else:
-        return (
-            None,
-            "no model: no all-reduce was measured; --interconnect NAME gives published ones",
-        )
+        published = "--interconnect NAME gives published ones"
+        processes = "measure at least 2 processes, as --gpus 1,2"
+        advice = processes if result["backend"] == "gloo" else published
+        return None, f"no model: no all-reduce was measured; {advice}"
     assumed += [_more_of_the_same(result), *_slowdown_assumed(slowdowns)]
     if len({row["batch"] for row in alone}) < 2:
         assumed.append("compute grows with the batch from 0: one batch size was measured")

@@ -310,3 +310,11 @@ def test_one_measured_rank_needs_published_figures_for_predictions(result):
     assert result["predicted"][0]["efficiency"] > 0.9
     assert "published figures" in result["model"]["assumed"][0]
     assert result["predicted"][-1]["simulated_step_ms"] is None
+
+
+def test_one_measured_process_is_advised_what_the_command_takes(result):
+    result |= {"rows": result["rows"][:1], "all_reduce": []}
+    add_predictions(result, [8])
+    (said,) = result["notes"]
+    assert "no all-reduce was measured; measure at least 2 processes, as --gpus 1,2" in said
+    assert "--interconnect" not in said  # which is refused beside --backend gloo
