@@ -174,7 +174,7 @@ def _bar(share: float, measured: bool, console: Console) -> str:
     """Full is ideal; a prediction's is hollow."""
     utf = console.encoding.startswith("utf")
     full, hollow, rest = ("█", "▒", "·") if utf else ("#", "=", ".")
-    filled = min(BAR, round(share * BAR))
+    filled = round(min(1.0, share) * BAR)
     return (full if measured else hollow) * filled + rest * (BAR - filled)
 
 

@@ -1,12 +1,15 @@
 """Result files: the schema, what is refused and how, CSV, the original's names, comparisons."""
 
 import csv
+import functools
+import io
 import json
 
 import pytest
+from rich.console import Console
 
 from ddpm_fast.errors import UsageError
-from ddpm_fast.scaling import measure
+from ddpm_fast.scaling import measure, report
 from ddpm_fast.scaling import result as results
 from ddpm_fast.scaling.compare import differences, pairs
 from ddpm_fast.scaling.legacy import legacy_view
@@ -96,6 +99,41 @@ def test_the_schema_uses_only_what_the_checker_knows():
 def test_a_number_that_is_not_finite_is_no_number():
     with pytest.raises(UsageError, match="must be of type number"):
         check(float("nan"), {"type": "number"})
+
+
+@pytest.mark.parametrize("kind", ["number", "integer"])
+@pytest.mark.parametrize("value", [10**309, -(10**400), 2**63])
+def test_an_integer_beyond_any_real_one_is_no_number(kind, value):
+    with pytest.raises(UsageError, match=f"x: is .*, must be of type {kind}"):
+        check({"x": value}, {"properties": {"x": {"type": kind}}})
+    check(2**63 - 1, {"type": kind})
+
+
+def numbers_of(value, path=()):
+    """Where numbers are: of a list, in its first item."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield from numbers_of(item, (*path, name))
+    elif isinstance(value, list):
+        yield from numbers_of(value[0], (*path, 0)) if value else ()
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield path
+
+
+@pytest.mark.parametrize("value", [1e308, 10**308, 10**400, 2**63 - 1])
+def test_a_number_as_large_as_may_be_is_refused_or_shown(tmp_path, predicted, value):
+    path = tmp_path / "result.json"
+    for *parents, last in numbers_of(predicted):
+        changed = json.loads(json.dumps(predicted))
+        functools.reduce(lambda part, name: part[name], parents, changed)[last] = value
+        path.write_text(json.dumps(changed))
+        try:
+            read = results.read(path)
+        except UsageError as error:
+            assert str(last) in str(error)
+            continue
+        report.show(read, Console(file=io.StringIO(), width=80))
+        legacy_view(read)
 
 
 def test_the_csv_has_a_line_a_row_and_labels_predictions(tmp_path, predicted):
