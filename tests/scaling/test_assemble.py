@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from ddpm_fast.scaling.alpha_beta import Link, ring_seconds, tree_seconds
 from ddpm_fast.scaling.assemble import (
     add_predictions,
     add_speedups,
@@ -12,6 +13,7 @@ from ddpm_fast.scaling.assemble import (
     relative_spread,
 )
 from ddpm_fast.scaling.doubts import doubts
+from ddpm_fast.scaling.interconnects import INTERCONNECTS
 from ddpm_fast.scaling.predict import make_model, predicted_rows
 
 
@@ -256,6 +258,23 @@ def as_gpus(result, name, n):
     result |= {"kind": "gpu", "backend": "nccl"}
     result["machine"] |= {"devices": [name] * n}
     return result
+
+
+def test_a_fitted_link_predicts_what_was_measured_and_not_a_cheaper_tree(result):
+    # Eight GPUs whose all-reduces are all latency: by a tree with the ring's alpha they would take
+    # less than half, and still be said to fit without a residual.
+    link, n = Link(alpha_s=1e-3, beta_bytes_per_s=100e9), 8
+    sizes = (1024, *result["bucket_bytes"])
+    seconds = {size: ring_seconds(size, n, link) for size in sizes}
+    assert tree_seconds(1024, n, link) < 0.5 * seconds[1024]
+    result["all_reduce"] = [{"world_size": n, "bytes": size, "seconds": seconds[size],
+                             "bus_gbytes_per_s": 1.0} for size in sizes]  # fmt: skip
+    as_gpus(result, "NVIDIA H200, 139 GiB", n)
+    model, _ = make_model(result)
+    measured_s = sum(seconds[size] for size in result["bucket_bytes"])
+    assert model.step(n, 16)["communication_s"] == pytest.approx(measured_s)
+    published, _ = make_model(result, INTERCONNECTS["h200-nvlink"])
+    assert (model.algorithms, published.algorithms) == (("ring",), ("ring", "tree"))
 
 
 def test_beyond_one_machine_a_link_is_no_faster_than_the_network(result):
