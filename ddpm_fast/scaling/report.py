@@ -279,9 +279,8 @@ def _print_model(result: dict[str, Any], console: Console) -> None:
     off = ", ".join(f"{r['world_size']} {r['mode']} {100 * r['relative']:+.0f} %"
                     for r in model["residuals"])  # fmt: skip
     _say(console, f"  model against measured steps: {off}")
-    for row in result["predicted"][:1]:
-        given = ", ".join(f"{name} {value:.3g}" for name, value in row["inputs"].items())
-        _say(console, f"  inputs for N = {row['world_size']}: {given}")
+    for given, rows in _inputs(result["predicted"]).items():
+        _say(console, f"  inputs for N = {', '.join(rows)}: {given}")
     for row in result["predicted"]:
         simulated = row["simulated_step_ms"]
         if simulated is not None:
@@ -299,6 +298,15 @@ def _print_model(result: dict[str, Any], console: Console) -> None:
     _say(console, f"  link: {model['link_source']}")
     for line in model["assumed"]:
         _say(console, f"  assumed: {line}")
+
+
+def _inputs(predicted: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
+    """Inputs in words -> the rows that have them, as "64 weak"."""
+    of: dict[str, list[str]] = {}
+    for row in predicted:
+        given = ", ".join(f"{name} {value:.3g}" for name, value in row["inputs"].items())
+        of.setdefault(given, []).append(f"{row['world_size']} {row['mode']}")
+    return of
 
 
 def _table(first: str, heads: Sequence[str], title: str | None = None) -> Table:

@@ -130,6 +130,18 @@ def test_a_prediction_that_was_not_simulated_says_why(predicted):
     )
 
 
+def test_every_predictions_inputs_are_shown_once(predicted):
+    eight, strong, more = predicted["predicted"]  # 8 weak, 8 strong, 64 weak
+    assert eight["inputs"] == strong["inputs"] == more["inputs"]
+    words = " ".join(text_of(predicted).split())
+    assert words.count("base_ranks") == 1
+    assert "inputs for N = 8 weak, 8 strong, 64 weak: base_ranks 1, " in words
+    more["inputs"] = more["inputs"] | {"alpha_us": 77.0, "bus_gbytes_per_s": 0.25}
+    words = " ".join(text_of(predicted).split())
+    assert words.count("base_ranks") == 2 and "alpha_us 77, " in words
+    assert "inputs for N = 8 weak, 8 strong: " in words and "inputs for N = 64 weak: " in words
+
+
 def test_the_verdict_names_the_largest_loss_and_what_to_try(result):
     base, row = result["rows"][:2]
     assert max(losses(base, row).values()) == pytest.approx(5.0)
