@@ -20,8 +20,8 @@ RESIDENT_IMAGES = 4096
 class DdpStep:
     """A rank's net, optimizer, averages and synthetic uint8 images.
 
-    A world of one has no DDP, as one would train on one GPU. batch is set before the first step,
-    and may be changed between steps.
+    A world of one has no DDP, as one would train on one GPU. set_batch comes before the first step,
+    and again between steps.
     """
 
     def __init__(
@@ -51,8 +51,9 @@ class DdpStep:
                     broadcast_buffers=False,  # each rank's dropout counters are its own
                 )
         self.forward = self.ddp or self.net
-        if compile:
-            self.forward = torch.compile(self.forward)
+        self.compile = compile
+        if compile:  # else the second batch's code would be for any, and slower than the first's
+            self.forward = torch.compile(self.forward, dynamic=False)
         self.optimizer = make_optimizer(
             "adam", self.parameters, learning_rate=2e-4, weight_decay=0.0
         )
@@ -60,6 +61,16 @@ class DdpStep:
         self.counters = torch.tensor([0, 0, 0], device=device)  # seed, step, first_index
         self.batch, self.step = 0, 0
         self.last_loss = torch.zeros((), device=device)
+
+    def set_batch(self, batch: int) -> None:
+        """Images of each step from now on; a step that is compiled is compiled anew for them.
+
+        The code of other batches is forgotten, as torch runs a function eagerly, and warns in a log
+        only, when it was compiled for eight shapes.
+        """
+        if self.compile and batch != self.batch:
+            torch.compiler.reset()
+        self.batch = batch
 
     def load(self) -> Tensor:
         """The next images, gathered from the resident set: (batch, C, H, W) uint8."""

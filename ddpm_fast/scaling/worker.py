@@ -128,7 +128,7 @@ class Worker:
         }
 
     def warm_up(self, batch: int) -> None:
-        self.step.batch = batch
+        self.step.set_batch(batch)
         for number in range(WARM_UP_STEPS):
             self.step.synced()
             if number == 0:

@@ -41,7 +41,7 @@ def make_step(*, world_size=2, bf16=False, compile=False):
     step = DdpStep(
         preset="digits", device=CPU, rank=0, world_size=world_size, bf16=bf16, compile=compile
     )
-    step.batch = 2
+    step.set_batch(2)
     return step
 
 
@@ -76,6 +76,37 @@ def test_a_compiled_step_is_the_step(tiny_net, one_thread, monkeypatch):
     for step in (compiled, plain):
         step.synced()
     assert float(compiled.last_loss) == pytest.approx(float(plain.last_loss), rel=1e-5)
+
+
+@pytest.fixture
+def compiled(tiny_net, one_thread, monkeypatch):
+    """Of each graph that torch compiles and that reads images: the sizes of its inputs."""
+    sizes = []
+
+    def recording(graph, inputs):
+        if any(getattr(x, "ndim", 0) == 4 for x in inputs):
+            sizes.append([size for x in inputs for size in getattr(x, "shape", (x,))])
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=recording))
+    return sizes
+
+
+def test_two_batches_are_compiled_each_with_fixed_shapes(compiled):
+    step = make_step(world_size=1, compile=True)
+    for step.batch in (2, 4):
+        step.synced()
+    assert len(compiled) == 2
+    for sizes, batch in zip(compiled, (2, 4), strict=True):
+        assert batch in sizes and not any(isinstance(size, torch.SymInt) for size in sizes)
+
+
+def test_a_tenth_batch_is_compiled_as_the_first(compiled):
+    step = make_step(world_size=1, compile=True)
+    for batch in range(2, 12):
+        step.set_batch(batch)
+        step.synced()
+    assert len(compiled) == 10 and 11 in compiled[-1]
 
 
 @pytest.mark.parametrize("bf16", [True, False])
@@ -122,7 +153,7 @@ def test_a_rank_writes_all_that_a_result_is_made_of(work):
 
 
 def test_what_is_compiled_is_what_is_timed_forward_too(work, monkeypatch):
-    def slow(module):
+    def slow(module, **options):
         def forward(*arguments, **options):
             time.sleep(0.02)
             return module(*arguments, **options)
