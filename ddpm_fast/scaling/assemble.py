@@ -54,6 +54,7 @@ def measured_row(mode: str, ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
     communication_s = max(p["communication_s"] for p in phases)
     data_s, optimizer_s = (max(p[key] for p in phases) for key in ("data_s", "optimizer_s"))
     joules = [p["joules"] for p in phases]
+    peaks_since = [p["peak_memory_since"] for p in phases]
     exposed_s = 0.0
     if n > 1:
         pairs = zip(windows, alone, strict=True)
@@ -80,6 +81,7 @@ def measured_row(mode: str, ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "communication_ms": communication_s * 1e3,
         "skew": max(of_ranks) / min(of_ranks),
         "peak_memory": [{"rank": r, **phase["memory"]} for r, phase in enumerate(phases)],
+        "peak_memory_since": "start" if "start" in peaks_since else "phase",
         "memory_phases_gib": first["memory_phases_gib"],
         "joules_per_image": None if None in joules else sum(joules) / (images * len(windows)),
         "loss": first["loss"],

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from ddpm_fast.scaling.doubts import doubts
 from ddpm_fast.scaling.predict import MOST_SIMULATED
-from ddpm_fast.scaling.result import base_row, count, memory_of, rank_word
+from ddpm_fast.scaling.result import base_row, count, has_own_peaks, memory_of, rank_word
 from ddpm_fast.scaling.topology import link_lines, link_table
 from ddpm_fast.scaling.verdict import verdict
 
@@ -192,7 +192,8 @@ def _print_ranks(result: dict[str, Any], console: Console, narrow: bool) -> None
     reserved = any(
         rank["reserved_gib"] is not None for row in result["rows"] for rank in row["peak_memory"]
     )
-    what = "peak memory of every rank" + " (reserved)" * reserved
+    since = "" if all(map(has_own_peaks, result["rows"])) else " since its start"
+    what = f"peak memory of every rank{since}" + " (reserved)" * reserved
     heads = [f"{what}, GiB", "skew", "J/image"]
     cells = []
     for row in result["rows"]:
@@ -204,8 +205,11 @@ def _print_ranks(result: dict[str, Any], console: Console, narrow: bool) -> None
         cells.append([shown, f"{row['skew']:.2f}", "n/a" if joules is None else f"{joules:.3g}"])
     title = "Ranks (skew: slowest over fastest, without communication)"
     _print_rows(result, title, heads, cells, console, narrow)
-    phases = result["rows"][0]["memory_phases_gib"]
-    steps = ", ".join(f"{name} {gib:.2f}" for name, gib in phases.items())
+    first = result["rows"][0]
+    steps = ", ".join(
+        f"{name}{since if name == 'peak' else ''} {gib:.2f}"
+        for name, gib in first["memory_phases_gib"].items()
+    )
     _say(console, f"Memory of rank 0 alone, GiB after each: {steps}")
 
 

@@ -93,8 +93,7 @@ class Worker:
         """Windows with and without communication in turn, then the parts of a step apart."""
         step, spec = self.step, self.spec
         self.say(what=f"{mode}: warming up")
-        if self.on_gpu:
-            torch.cuda.reset_peak_memory_stats(self.device)
+        own_peak = self.forget_peak()
         self.warm_up(batch)
         count = self.steps_for(spec["window_s"])
         windows, alone, alone_steps = [], [], []
@@ -124,6 +123,7 @@ class Worker:
             "joules": self.meter.joules if self.meter else None,
             "loss": float(step.last_loss),
             "memory": self.peak_memory(),
+            "peak_memory_since": "phase" if own_peak else "start",
             "memory_phases_gib": {**self.memory, "peak": self.memory_now(peak=True)},
         }
 
@@ -243,6 +243,13 @@ class Worker:
             ask = torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated
             return ask(self.device) / 2**30
         return host.process_gib()[1 if peak else 0]
+
+    def forget_peak(self) -> bool:
+        """Begin a phase; whether its peak is going to be its own, and not that of any before."""
+        forgotten = host.forget_peak()
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        return self.on_gpu or forgotten
 
     def peak_memory(self) -> dict[str, float | None]:
         gpu = {"allocated_gib": None, "reserved_gib": None}

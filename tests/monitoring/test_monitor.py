@@ -319,3 +319,16 @@ def test_this_machine_has_a_processor_cores_and_memory():
     total, used = host.memory_gib()
     assert host.cpu_name() and host.cores() >= 1
     assert 0 <= used <= total
+
+
+def test_a_mark_that_cannot_be_reset_is_told(monkeypatch):
+    def refuse(path, text):
+        raise PermissionError
+
+    monkeypatch.setattr(host, "process_gib", lambda: (1.0, 1.0))
+    monkeypatch.setattr(host.Path, "write_text", lambda path, text: 1)
+    assert host.forget_peak()
+    monkeypatch.setattr(host, "process_gib", lambda: (1.0, 3.0))  # written, but nothing happened
+    assert not host.forget_peak()
+    monkeypatch.setattr(host.Path, "write_text", refuse)
+    assert not host.forget_peak()

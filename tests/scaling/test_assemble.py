@@ -24,6 +24,7 @@ def phase(batch=16, step_s=0.08, alone_s=0.07, **changes):
         "forward_s": 0.02, "data_s": 0.001, "optimizer_s": 0.004, "compute_s": alone_s - 0.005,
         "communication_s": 0.015, "joules": None, "loss": 1.0, "memory_phases_gib": {"net": 0.4},
         "memory": {"allocated_gib": None, "reserved_gib": None, "process_gib": 0.5},
+        "peak_memory_since": "phase",
     } | changes  # fmt: skip
 
 
@@ -91,6 +92,14 @@ def test_more_exposed_than_communicated_is_told(result):
 def test_skew_is_of_steps_without_communication():
     ranks = [rank(0, 2, weak=phase(alone_s=0.05)), rank(1, 2, weak=phase(alone_s=0.06))]
     assert measured_row("weak", ranks)["skew"] == pytest.approx(1.2)
+
+
+def test_peaks_are_the_rows_own_if_every_ranks_is():
+    def since(*words):
+        ranks = [rank(r, 2, weak=phase(peak_memory_since=word)) for r, word in enumerate(words)]
+        return measured_row("weak", ranks)["peak_memory_since"]
+
+    assert [since("phase", "phase"), since("phase", "start")] == ["phase", "start"]
 
 
 def test_energy_is_of_all_ranks_over_all_images():

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from ddpm_fast.monitoring import host
 from ddpm_fast.nn.unet import UNet
 from ddpm_fast.scaling import worker
 from ddpm_fast.scaling.alpha_beta import bucket_sizes
@@ -150,6 +151,24 @@ def test_a_rank_writes_all_that_a_result_is_made_of(work):
         assert len(phase["window_s"]) == len(phase["alone_window_s"]) == 5
     assert said[0] == {"what": "warming up"}
     assert [event["window"] for event in said if "window" in event] == [1, 2, 3, 4, 5] * 2
+
+
+@pytest.mark.skipif(not host.forget_peak(), reason="the system does not reset a process's mark")
+def test_a_processs_peak_of_a_phase_is_its_own(work):
+    before_gib = 0.5
+    ballast = torch.ones(int(before_gib * 2**28))  # fp32, and given back to the system at once
+    high_gib = host.process_gib()[1]
+    del ballast
+    found, _ = work(1, batches={"weak": 2}, alone_batches=[])
+    phase = found["phases"]["weak"]
+    assert phase["peak_memory_since"] == "phase"
+    assert phase["memory"]["process_gib"] < high_gib - before_gib / 2
+
+
+def test_where_a_mark_cannot_be_reset_the_phase_says_so(work, monkeypatch):
+    monkeypatch.setattr(worker.host, "forget_peak", lambda: False)
+    found, _ = work(1, batches={"weak": 2}, alone_batches=[])
+    assert found["phases"]["weak"]["peak_memory_since"] == "start"
 
 
 def test_what_is_compiled_is_what_is_timed_forward_too(work, monkeypatch):
