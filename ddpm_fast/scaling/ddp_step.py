@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -88,13 +89,20 @@ class DdpStep:
                 memory_format=torch.channels_last if on_gpu else torch.contiguous_format,
             )  # fmt: skip
 
-    def gradients(self) -> None:
+    def forward_and_backward(self) -> Iterator[str]:
+        """The gradients of the next images; "forward" and "backward" when each is done."""
         self.counters[1].fill_(self.step)
         self.counters[2].fill_(self.rank * self.batch)
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.loss(self.load())
+        yield "forward"
         loss.backward()
         self.last_loss = loss.detach()
+        yield "backward"
+
+    def gradients(self) -> None:
+        for _ in self.forward_and_backward():
+            pass
 
     def update(self) -> None:
         """What follows the gradients: clipping, optimizer, averages."""
@@ -102,11 +110,17 @@ class DdpStep:
         self.optimizer.step()
         self.ema.update(self.net)
 
-    def synced(self) -> None:
-        """A whole step."""
-        self.gradients()
+    def parts(self) -> Iterator[str]:
+        """A whole step; "forward", "backward" and "optimizer" when each is done."""
+        yield from self.forward_and_backward()
         self.update()
         self.step += 1
+        yield "optimizer"
+
+    def synced(self) -> None:
+        """A whole step."""
+        for _ in self.parts():
+            pass
 
     def alone(self) -> None:
         """A whole step without communication; the ranks' weights go apart, which no time shows."""

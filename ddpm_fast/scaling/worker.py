@@ -95,6 +95,7 @@ class Worker:
         self.say(what=f"{mode}: warming up")
         own_peak = self.forget_peak()
         self.warm_up(batch)
+        self.memory |= {part: self.memory_now() for part in step.parts()}
         count = self.steps_for(spec["window_s"])
         windows, alone, alone_steps = [], [], []
         if self.meter:
@@ -132,7 +133,7 @@ class Worker:
         for number in range(WARM_UP_STEPS):
             self.step.synced()
             if number == 0:
-                self.memory.setdefault("first step", self.memory_now())
+                self.memory["first step"] = self.memory_now()
         for _ in range(2):
             self.step.alone()
 

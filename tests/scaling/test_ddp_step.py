@@ -153,6 +153,28 @@ def test_a_rank_writes_all_that_a_result_is_made_of(work):
     assert [event["window"] for event in said if "window" in event] == [1, 2, 3, 4, 5] * 2
 
 
+def test_the_memory_of_a_phase_is_its_own_after_each_part_of_a_step(work, monkeypatch):
+    readings = iter(range(1, 100))
+    monkeypatch.setattr(worker.host, "process_gib", lambda: (next(readings), 100.0))
+    found, _ = work(2)
+    weak, strong = (found["phases"][mode]["memory_phases_gib"] for mode in ("weak", "strong"))
+    parts = ["start", "net", "first step", "forward", "backward", "optimizer", "peak"]
+    assert list(weak) == list(strong) == parts
+    assert all(weak[name] == strong[name] for name in ("start", "net"))
+    for name in parts[2:-1]:
+        assert weak[name] < strong[name], name  # read again
+
+
+def test_a_step_in_parts_is_a_step(tiny_net, one_thread):
+    whole, cut = make_step(world_size=1), make_step(world_size=1)
+    whole.synced()
+    gradients = []
+    for part in cut.parts():
+        gradients.append((part, cut.parameters[0].grad is not None, cut.step))
+    assert gradients == [("forward", False, 0), ("backward", True, 0), ("optimizer", True, 1)]
+    assert torch.equal(whole.parameters[0], cut.parameters[0])
+
+
 @pytest.mark.skipif(not host.forget_peak(), reason="the system does not reset a process's mark")
 def test_a_processs_peak_of_a_phase_is_its_own(work):
     before_gib = 0.5
