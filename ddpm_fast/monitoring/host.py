@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 DEVICE = "this machine"
+MARK_GIB = 0.01  # beyond what is in use, a mark was not reset: a process may grow between two reads
 
 
 def cpu_name() -> str:
@@ -44,6 +45,16 @@ def process_gib() -> tuple[float, float]:
         if name in ("VmRSS", "VmHWM"):
             values[name] = float(value.split()[0]) / 2**20
     return values.get("VmRSS", 0.0), values.get("VmHWM", 0.0)
+
+
+def forget_peak() -> bool:
+    """Let process_gib's second value start again at what is in use now; whether that was done."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux, proc(5): resets VmHWM
+    except OSError:  # another system, or a sandbox that has no such file
+        return False
+    now, most = process_gib()
+    return most - now < MARK_GIB
 
 
 class HostReader:

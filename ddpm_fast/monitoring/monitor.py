@@ -4,7 +4,7 @@
         train()
     monitor.samples, monitor.joules()
 
-NVML is asked seldom enough to cost less than BUDGET of the time. Without NVML, its samples are
+NVML is asked seldom enough to cost less than a budget of the time. Without NVML, its samples are
 this machine's processors and memory, and `why_not` says in one line why.
 """
 
@@ -14,11 +14,12 @@ import contextlib
 import statistics
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import groupby, islice
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from ddpm_fast.monitoring.host import HostReader
 
@@ -40,6 +41,18 @@ class Sample:
     memory_mhz: float | None = None
 
 
+T = TypeVar("T")
+
+
+def every_reading(every: int, samples: Iterable[T], reading: Callable[[T], Any]) -> list[T]:
+    """The samples of one reading in `every`: all devices of a reading stay or go together.
+
+    reading  tells which reading a sample is of
+    """
+    groups = (list(group) for _, group in groupby(samples, reading))
+    return [sample for group in islice(groups, 0, None, every) for sample in group]
+
+
 Devices = Mapping[int, str] | Sequence[int | str]
 
 MEASURES = ("utilisation", "memory_gib", "watts", "celsius", "sm_mhz", "memory_mhz")
@@ -51,7 +64,10 @@ class Monitor:
     devices     UUIDs of GPUs by the number that a sample calls them, as torch's; or NVML's numbers
                 or UUIDs in order; None: all; empty: none, as when the processors do the work
     interval_s  between samples, or more where sampling is slow
+    budget      share of the time that sampling may take: for a process that does the work itself
+                BUDGET, more for one that only watches
     nvml        the pynvml module, for tests
+    raises      ValueError  an interval that is not positive, a budget that is no share
     """
 
     def __init__(
@@ -59,11 +75,14 @@ class Monitor:
         devices: Devices | None = None,
         *,
         interval_s: float = 0.5,
+        budget: float = BUDGET,
         nvml: ModuleType | None = None,
     ) -> None:
         if not interval_s > 0:
             raise ValueError(f"interval_s={interval_s} must be positive")
-        self.interval_s, self.samples = interval_s, []
+        if not 0 < budget <= 1:
+            raise ValueError(f"budget={budget} must be more than 0 and at most 1")
+        self.interval_s, self.budget, self.samples = interval_s, budget, []
         self.why_not: str | None = None
         self._devices, self._nvml = devices, nvml
         self._reader: NvmlReader | HostReader = HostReader()
@@ -132,11 +151,17 @@ class Monitor:
                 for device, values in self._reader.read():
                     self.samples.append(Sample(start - self._started, device, **values))
             if len(self.samples) > KEPT:
-                del self.samples[: KEPT // 2 : 2]
+                self._thin()
             took = time.perf_counter() - start
             self._busy_s += took
-            if self._stop.wait(max(self.interval_s, took / BUDGET)):
+            if self._stop.wait(max(self.interval_s, took / self.budget)):
                 return
+
+    def _thin(self) -> None:
+        """Of the older half of the samples, those of every other reading stay."""
+        middle = self.samples[KEPT // 2].seconds
+        old = [sample for sample in self.samples if sample.seconds < middle]
+        self.samples[: len(old)] = every_reading(2, old, lambda sample: sample.seconds)
 
 
 class NvmlReader:

@@ -54,6 +54,7 @@ def measured_row(mode: str, ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
     communication_s = max(p["communication_s"] for p in phases)
     data_s, optimizer_s = (max(p[key] for p in phases) for key in ("data_s", "optimizer_s"))
     joules = [p["joules"] for p in phases]
+    peaks_since = [p["peak_memory_since"] for p in phases]
     exposed_s = 0.0
     if n > 1:
         pairs = zip(windows, alone, strict=True)
@@ -80,6 +81,7 @@ def measured_row(mode: str, ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "communication_ms": communication_s * 1e3,
         "skew": max(of_ranks) / min(of_ranks),
         "peak_memory": [{"rank": r, **phase["memory"]} for r, phase in enumerate(phases)],
+        "peak_memory_since": "start" if "start" in peaks_since else "phase",
         "memory_phases_gib": first["memory_phases_gib"],
         "joules_per_image": None if None in joules else sum(joules) / (images * len(windows)),
         "loss": first["loss"],
@@ -107,10 +109,19 @@ def add_speedups(rows: list[dict[str, Any]], global_batch: int) -> None:
             row["serial_fraction"] = (1 / speedup - 1 / n) / (1 - 1 / n)
 
 
+def _is_strong_too(row: dict[str, Any], global_batch: int) -> bool:
+    """Whether a weak row's step is the strong one, which is then measured once.
+
+    Of one rank it is the base of both modes (see base_row), and one row is enough.
+    """
+    return 1 < row["world_size"] == global_batch / row["batch_per_rank"]
+
+
 def measured_parts(worlds: Sequence[Sequence[dict[str, Any]]], global_batch: int) -> dict[str, Any]:
     """The measured fields of a result from the ranks' files, a sequence for each world size.
 
-    Worlds of which a rank wrote nothing, or lacks a phase, give what all ranks have.
+    Worlds of which a rank wrote nothing, or lacks a phase, give what all ranks have. A weak phase
+    whose whole batch is the strong rows' gives a row of each mode.
     """
     rows, all_reduce = [], []
     complete = [ranks for ranks in worlds if ranks and len(ranks) == ranks[0]["world_size"]]
@@ -118,6 +129,8 @@ def measured_parts(worlds: Sequence[Sequence[dict[str, Any]]], global_batch: int
         for mode in ("weak", "strong"):
             if all(mode in rank["phases"] for rank in ranks):
                 rows.append(measured_row(mode, ranks))
+                if mode == "weak" and _is_strong_too(rows[-1], global_batch):
+                    rows.append(rows[-1] | {"mode": "strong"})
         for measured in ranks[0]["all_reduce"]:
             n = len(ranks)
             bus = measured["bytes"] / measured["seconds"] * 2 * (n - 1) / n / 1e9

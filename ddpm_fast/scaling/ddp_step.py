@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -20,8 +21,8 @@ RESIDENT_IMAGES = 4096
 class DdpStep:
     """A rank's net, optimizer, averages and synthetic uint8 images.
 
-    A world of one has no DDP, as one would train on one GPU. batch is set before the first step,
-    and may be changed between steps.
+    A world of one has no DDP, as one would train on one GPU. set_batch comes before the first step,
+    and again between steps.
     """
 
     def __init__(
@@ -51,8 +52,9 @@ class DdpStep:
                     broadcast_buffers=False,  # each rank's dropout counters are its own
                 )
         self.forward = self.ddp or self.net
-        if compile:
-            self.forward = torch.compile(self.forward)
+        self.compile = compile
+        if compile:  # else the second batch's code would be for any, and slower than the first's
+            self.forward = torch.compile(self.forward, dynamic=False)
         self.optimizer = make_optimizer(
             "adam", self.parameters, learning_rate=2e-4, weight_decay=0.0
         )
@@ -60,6 +62,16 @@ class DdpStep:
         self.counters = torch.tensor([0, 0, 0], device=device)  # seed, step, first_index
         self.batch, self.step = 0, 0
         self.last_loss = torch.zeros((), device=device)
+
+    def set_batch(self, batch: int) -> None:
+        """Images of each step from now on; a step that is compiled is compiled anew for them.
+
+        The code of other batches is forgotten, as torch runs a function eagerly, and warns in a log
+        only, when it was compiled for eight shapes.
+        """
+        if self.compile and batch != self.batch:
+            torch.compiler.reset()
+        self.batch = batch
 
     def load(self) -> Tensor:
         """The next images, gathered from the resident set: (batch, C, H, W) uint8."""
@@ -77,13 +89,20 @@ class DdpStep:
                 memory_format=torch.channels_last if on_gpu else torch.contiguous_format,
             )  # fmt: skip
 
-    def gradients(self) -> None:
+    def forward_and_backward(self) -> Iterator[str]:
+        """The gradients of the next images; "forward" and "backward" when each is done."""
         self.counters[1].fill_(self.step)
         self.counters[2].fill_(self.rank * self.batch)
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.loss(self.load())
+        yield "forward"
         loss.backward()
         self.last_loss = loss.detach()
+        yield "backward"
+
+    def gradients(self) -> None:
+        for _ in self.forward_and_backward():
+            pass
 
     def update(self) -> None:
         """What follows the gradients: clipping, optimizer, averages."""
@@ -91,11 +110,17 @@ class DdpStep:
         self.optimizer.step()
         self.ema.update(self.net)
 
-    def synced(self) -> None:
-        """A whole step."""
-        self.gradients()
+    def parts(self) -> Iterator[str]:
+        """A whole step; "forward", "backward" and "optimizer" when each is done."""
+        yield from self.forward_and_backward()
         self.update()
         self.step += 1
+        yield "optimizer"
+
+    def synced(self) -> None:
+        """A whole step."""
+        for _ in self.parts():
+            pass
 
     def alone(self) -> None:
         """A whole step without communication; the ranks' weights go apart, which no time shows."""

@@ -5,6 +5,7 @@ All are published figures, or say that they are assumed; none was measured by th
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from ddpm_fast.errors import UsageError, nearest
@@ -23,14 +24,14 @@ class Interconnect:
     hop_s                 latency a hop inside one
     gpus                  in one
     network_gbytes_per_s  bus bandwidth between several: of all network cards of one together
-    devices               parts of GPU names that it is taken for
+    names                 what the names of GPUs in such machines match, as torch gives them
     """
 
     bus_gbytes_per_s: float
     hop_s: float
     gpus: int
     network_gbytes_per_s: float
-    devices: tuple[str, ...]
+    names: str
     source: str
 
     def link(self, n: int) -> Link:
@@ -47,29 +48,32 @@ class Interconnect:
 INTERCONNECTS = {
     "h200-nvlink": Interconnect(
         bus_gbytes_per_s=475, hop_s=NVLINK_HOP_S, gpus=8, network_gbytes_per_s=400,
-        devices=("H200",),
+        names=r"\bH200\b",  # GH200 and the like are other machines
         source="475 GB/s on 8 H200 with NVLink SHARP: NVIDIA/nccl-tests issue 272; network: "
         "8 x 400 Gb/s, the DGX H200 data sheet",
     ),
     "h100-nvlink": Interconnect(
         bus_gbytes_per_s=370, hop_s=NVLINK_HOP_S, gpus=8, network_gbytes_per_s=370,
-        devices=("H100",),
+        names=r"\bH100\b.*(HBM3|SXM)",  # PCIe and NVL name neither
         source="370 GB/s on 8 H100 as a ring, without SHARP: NVIDIA/nccl-tests issue 212; network: "
         "8 x 400 Gb/s, the DGX H100 data sheet, at most the ring's",
     ),
     "a100-nvlink": Interconnect(
         bus_gbytes_per_s=230, hop_s=NVLINK_HOP_S, gpus=8, network_gbytes_per_s=200,
-        devices=("A100",),
+        names=r"\bA100-SXM",
         source="230 GB/s on 8 A100: NCCL caps its estimate at 235 (src/graph/tuning.cc); network: "
         "8 x 200 Gb/s, the DGX A100 data sheet",
     ),
     "rtx3090-pcie": Interconnect(
         bus_gbytes_per_s=4, hop_s=PCIE_HOP_S, gpus=8, network_gbytes_per_s=1.25,
-        devices=("3090",),
+        names=r"\b3090\b",
         source="4 GB/s ASSUMED for 8 RTX 3090 without P2P, through host memory (PCIe 4.0 x16 "
         "itself: 32 GB/s a direction); network: 10 Gb/s, assumed",
     ),
 }  # fmt: skip
+
+# Cards joined by PCIe or in pairs by a bridge (H200 NVL), and parts of a GPU, which have no links.
+NOT_OF_A_ROW = re.compile(r"\b(PCIe|NVL\d*|MIG)\b", re.IGNORECASE)
 
 
 def interconnect(name: str) -> Interconnect:
@@ -83,8 +87,7 @@ def interconnect(name: str) -> Interconnect:
 
 
 def interconnect_of(device: str) -> str | None:
-    """The row that machines with this GPU are taken for, by the GPU's name."""
-    for name, row in INTERCONNECTS.items():
-        if any(part in device for part in row.devices):
-            return name
-    return None
+    """The row that machines with this GPU are taken for, by the GPU's name; None when unsure."""
+    if NOT_OF_A_ROW.search(device):
+        return None
+    return next((name for name, row in INTERCONNECTS.items() if re.search(row.names, device)), None)

@@ -54,7 +54,7 @@ def _side(row: dict[str, Any] | None, result: dict[str, Any]) -> dict[str, Any] 
         "avg_loss": row["loss"],
         "loss_std": None,
         "gpu_count": n,
-        "device_ids": list(range(n)),
+        "device_ids": [rank["rank"] for rank in row["peak_memory"]],
         "memory_history": _memory_history(row, result["samples"]),
     }
 

@@ -1,4 +1,8 @@
-"""What the command shows while it measures: a live view on a terminal, plain lines elsewhere."""
+"""What the command shows while it measures: a live view on a terminal, plain lines elsewhere.
+
+A dumb terminal cannot move its cursor, so it gets the lines. One too narrow for the table has a
+line a device, as figures that are cut say nothing.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,21 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from ddpm_fast.monitoring.monitor import Sample
+
+LEAST_WIDTH = 80  # columns that the table needs
+
+UNTOLD = "-"
+FIGURES = {
+    "busy": ("utilisation", "{:.0f} %"),
+    "memory": ("memory_gib", "{:.1f} GiB"),
+    "power": ("watts", "{:.0f} W"),
+    "temperature": ("celsius", "{:.0f} C"),
+    "clock": ("sm_mhz", "{:.0f} MHz"),
+    "memory clock": ("memory_mhz", "{:.0f} MHz"),
+}
 
 
 class LiveView:
@@ -27,7 +44,7 @@ class LiveView:
             console=console,
         )  # fmt: skip
         self._task = self._progress.add_task("starting", total=windows)
-        if console.is_terminal:
+        if console.is_terminal and not console.is_dumb_terminal:
             self._live = Live(console=console, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> LiveView:
@@ -65,22 +82,38 @@ class LiveView:
 
     def refresh(self, samples: list[Sample]) -> None:
         """Show the newest samples of the machine."""
-        if self._live:
+        if not self._live:
+            return
+        if self.console.width < LEAST_WIDTH:
+            self._live.update(Group(self._progress_line(), *map(_line, samples)))
+        else:
             self._live.update(Group(self._progress, _table(samples)))
+
+    def _progress_line(self) -> Text:
+        task = self._progress.tasks[0]
+        return Text(f"{task.description}, {task.completed}/{task.total} windows", overflow="fold")
 
     def _show(self, text: str) -> None:
         self._progress.update(self._task, description=text)
 
 
+def _line(sample: Sample) -> Text:
+    """ "GPU 0: busy 97 %, memory 12.0 GiB", without what is not told; wrapped where it must be."""
+    told = [f"{name} {value}" for name, value in _figures(sample).items() if value != UNTOLD]
+    return Text(f"{sample.device}: {', '.join(told) or UNTOLD}", overflow="fold")
+
+
 def _table(samples: list[Sample]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("device")
-    for name in ("busy", "memory", "power", "temperature", "clock", "memory clock"):
+    for name in FIGURES:
         table.add_column(name, justify="right")
     for sample in samples:
-        values = ((sample.utilisation, "{:.0f} %"), (sample.memory_gib, "{:.1f} GiB"),
-                  (sample.watts, "{:.0f} W"), (sample.celsius, "{:.0f} C"),
-                  (sample.sm_mhz, "{:.0f} MHz"), (sample.memory_mhz, "{:.0f} MHz"))  # fmt: skip
-        shown = ["-" if value is None else form.format(value) for value, form in values]
-        table.add_row(sample.device, *shown)
+        table.add_row(sample.device, *_figures(sample).values())
     return table
+
+
+def _figures(sample: Sample) -> dict[str, str]:
+    """What a device tells, by the name that it is shown under."""
+    values = ((name, getattr(sample, key), form) for name, (key, form) in FIGURES.items())
+    return {name: UNTOLD if value is None else form.format(value) for name, value, form in values}

@@ -58,26 +58,33 @@ def topology(nvml: ModuleType, uuids: list[str]) -> tuple[str, list[list[str]]]:
         nvml.nvmlShutdown()
 
 
-def _nvlinks(nvml: ModuleType, gpu: Any) -> list[str]:
-    """The PCI address at the far end of each active NVLink."""
-    ends = []
+def _nvlinks(nvml: ModuleType, gpu: Any) -> list[str | None]:
+    """The PCI address at the far end of each active NVLink; None where NVML does not tell it."""
+    ends: list[str | None] = []
     for number in range(MOST_NVLINKS):
         try:
-            if nvml.nvmlDeviceGetNvLinkState(gpu, number):
-                ends.append(nvml.nvmlDeviceGetNvLinkRemotePciInfo(gpu, number).busId)
+            if not nvml.nvmlDeviceGetNvLinkState(gpu, number):
+                continue
         except Exception:  # past the last link, or a GPU without
             break
+        try:
+            ends.append(nvml.nvmlDeviceGetNvLinkRemotePciInfo(gpu, number).busId)
+        except Exception:  # a virtual machine is not told of the switches that its links end at
+            ends.append(None)
     return ends
 
 
 def _link(
-    nvml: ModuleType, gpu: Any, other: Any, ends: list[str], addresses: list[str], j: int
+    nvml: ModuleType, gpu: Any, other: Any, ends: list[str | None], addresses: list[str], j: int
 ) -> str:
-    """Links that end at no GPU end at a switch, which joins all."""
+    """Links that end at no GPU end at a switch, which joins all.
+
+    Where every far end is unknown they may also end at another of the GPUs: "NV18?".
+    """
     direct = ends.count(addresses[j])
     switched = sum(end not in addresses for end in ends)
     if direct or switched:
-        return f"NV{direct or switched}"
+        return f"NV{direct or switched}{'' if any(ends) else '?'}"
     try:
         return LEVELS.get(nvml.nvmlDeviceGetTopologyCommonAncestor(gpu, other), "?")
     except Exception:  # the driver does not say

@@ -15,7 +15,7 @@ from rich.console import Console
 from ddpm_fast.errors import UsageError
 from ddpm_fast.monitoring import host
 from ddpm_fast.monitoring.devices import visible_gpus
-from ddpm_fast.monitoring.monitor import Monitor
+from ddpm_fast.monitoring.monitor import Monitor, every_reading
 from ddpm_fast.scaling.assemble import add_predictions, measured_parts
 from ddpm_fast.scaling.interconnects import interconnect_of
 from ddpm_fast.scaling.launch import read_ranks, run_world
@@ -24,6 +24,7 @@ from ddpm_fast.scaling.machine import describe, versions
 from ddpm_fast.scaling.options import ScalingOptions, check_divides, dividing
 from ddpm_fast.scaling.result import SCHEMA, rank_word
 
+WATCHING = 0.05  # share of this process's time for sampling: it waits, the ranks are others
 MOST_SAMPLES = 2000  # kept in a result
 
 
@@ -104,7 +105,7 @@ def measure(options: ScalingOptions, console: Console) -> dict[str, Any]:
             view.world(n)
             folder = Path(work) / f"world-{n}"
             offset = time.monotonic() - started
-            with Monitor({} if gloo else visible_gpus(range(n))) as monitor:
+            with Monitor({} if gloo else visible_gpus(range(n)), budget=WATCHING) as monitor:
 
                 def on_poll(events, monitor=monitor):
                     for event in events:
@@ -127,11 +128,16 @@ def measure(options: ScalingOptions, console: Console) -> dict[str, Any]:
                     notes.append(f"not measured after the failure: N = {_listed(skipped)}")
                 break
     result |= measured_parts(ranks, options.strong_batch)
-    every = -(-len(result["samples"]) // MOST_SAMPLES)
-    result["samples"] = result["samples"][:: max(1, every)]
+    result["samples"] = thinned(result["samples"])
     add_predictions(result, sorted(set(options.predict)), _interconnect(options, result))
     result["seconds"] = time.monotonic() - started
     return result
+
+
+def thinned(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """About MOST_SAMPLES of them, evenly, each reading with all its devices."""
+    every = max(1, -(-len(samples) // MOST_SAMPLES))
+    return every_reading(every, samples, lambda row: (row["world_size"], row["seconds"]))
 
 
 def _header(options: ScalingOptions, gloo: bool) -> dict[str, Any]:
@@ -157,7 +163,7 @@ def _header(options: ScalingOptions, gloo: bool) -> dict[str, Any]:
 
 
 def _batches(options: ScalingOptions, n: int) -> dict[str, int]:
-    """Mode -> images a rank; a strong row that is the weak one is measured once."""
+    """Mode -> images a rank; a strong step that is the weak one is measured once, as weak."""
     strong = options.strong_batch // n
     return {"weak": options.batch, **({"strong": strong} if strong != options.batch else {})}
 

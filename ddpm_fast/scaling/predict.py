@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from ddpm_fast.scaling.alpha_beta import (
+    ALGORITHMS,
+    FITTED,
     Link,
     LinkFit,
     all_reduce_seconds,
@@ -35,11 +37,12 @@ LEAST_STEPS = 4
 class StepModel:
     """The parts of the formula, each measured unless `assumed` says otherwise.
 
-    compute    (fixed_s, per_image_s) of one rank alone
-    slowdowns  measured world size -> its slowest rank's compute over that of one alone: shared
-               cores, memory, power
-    jitter     standard deviation / mean of a rank's step time
-    link       n -> Link
+    compute     (fixed_s, per_image_s) of one rank alone
+    slowdowns   measured world size -> its slowest rank's compute over that of one alone: shared
+                cores, memory, power
+    jitter      standard deviation / mean of a rank's step time
+    link        n -> Link
+    algorithms  of which an all-reduce takes the cheapest; of a fitted link the one it was fitted as
     """
 
     compute: tuple[float, float]
@@ -159,16 +162,17 @@ def make_model(
     compute = fit_line([r["batch"] for r in alone], [r["seconds"] for r in alone])
     slowdowns = measured_slowdowns(rows, compute)
     if preset is not None:
-        link, source = preset.link, preset.source
+        link, source, algorithms = preset.link, preset.source, tuple(ALGORITHMS)
         assumed = ["the interconnect is published figures, not this machine's"]
     elif fits:
         link, assumed = _measured_link(fits, result)
+        algorithms = FITTED
         source = f"fitted on all-reduces among {' and '.join(map(str, fits))} ranks"
     else:
-        return (
-            None,
-            "no model: no all-reduce was measured; --interconnect NAME gives published ones",
-        )
+        published = "--interconnect NAME gives published ones"
+        processes = "measure at least 2 processes, as --gpus 1,2"
+        advice = processes if result["backend"] == "gloo" else published
+        return None, f"no model: no all-reduce was measured; {advice}"
     assumed += [_more_of_the_same(result), *_slowdown_assumed(slowdowns)]
     if len({row["batch"] for row in alone}) < 2:
         assumed.append("compute grows with the batch from 0: one batch size was measured")
@@ -182,7 +186,7 @@ def make_model(
         buckets=tuple(result["bucket_bytes"]),
         link=link,
         link_source=source,
-        algorithms=("ring",) if result["backend"] == "gloo" else ("ring", "tree"),
+        algorithms=algorithms,
         assumed=tuple(assumed),
     ), ""
 
@@ -214,7 +218,10 @@ def _measured_link(
 ) -> tuple[Callable[[int], Link], list[str]]:
     """What was fitted, beyond one machine with the network of its kind; and what that assumes."""
     link, devices = extrapolated(fits), result["machine"]["devices"]
-    said = [f"more than {max(fits)} ranks see the link that {max(fits)} saw"]
+    said = [
+        f"more than {max(fits)} ranks see the link that {max(fits)} saw, and sum by a ring, as "
+        "which it was fitted"
+    ]
     name = interconnect_of(devices[0]) if devices and result["kind"] == "gpu" else None
     if name is None:
         if result["kind"] == "gpu":

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from ddpm_fast.scaling.doubts import doubts
 from ddpm_fast.scaling.predict import MOST_SIMULATED
-from ddpm_fast.scaling.result import base_row, count, memory_of, rank_word
+from ddpm_fast.scaling.result import base_row, count, has_own_peaks, memory_of, rank_word
 from ddpm_fast.scaling.topology import link_lines, link_table
 from ddpm_fast.scaling.verdict import verdict
 
@@ -174,7 +174,7 @@ def _bar(share: float, measured: bool, console: Console) -> str:
     """Full is ideal; a prediction's is hollow."""
     utf = console.encoding.startswith("utf")
     full, hollow, rest = ("█", "▒", "·") if utf else ("#", "=", ".")
-    filled = min(BAR, round(share * BAR))
+    filled = round(min(1.0, share) * BAR)
     return (full if measured else hollow) * filled + rest * (BAR - filled)
 
 
@@ -192,7 +192,8 @@ def _print_ranks(result: dict[str, Any], console: Console, narrow: bool) -> None
     reserved = any(
         rank["reserved_gib"] is not None for row in result["rows"] for rank in row["peak_memory"]
     )
-    what = "peak memory of every rank" + " (reserved)" * reserved
+    since = "" if all(map(has_own_peaks, result["rows"])) else " since its start"
+    what = f"peak memory of every rank{since}" + " (reserved)" * reserved
     heads = [f"{what}, GiB", "skew", "J/image"]
     cells = []
     for row in result["rows"]:
@@ -204,8 +205,11 @@ def _print_ranks(result: dict[str, Any], console: Console, narrow: bool) -> None
         cells.append([shown, f"{row['skew']:.2f}", "n/a" if joules is None else f"{joules:.3g}"])
     title = "Ranks (skew: slowest over fastest, without communication)"
     _print_rows(result, title, heads, cells, console, narrow)
-    phases = result["rows"][0]["memory_phases_gib"]
-    steps = ", ".join(f"{name} {gib:.2f}" for name, gib in phases.items())
+    first = result["rows"][0]
+    steps = ", ".join(
+        f"{name}{since if name == 'peak' else ''} {gib:.2f}"
+        for name, gib in first["memory_phases_gib"].items()
+    )
     _say(console, f"Memory of rank 0 alone, GiB after each: {steps}")
 
 
@@ -279,9 +283,8 @@ def _print_model(result: dict[str, Any], console: Console) -> None:
     off = ", ".join(f"{r['world_size']} {r['mode']} {100 * r['relative']:+.0f} %"
                     for r in model["residuals"])  # fmt: skip
     _say(console, f"  model against measured steps: {off}")
-    for row in result["predicted"][:1]:
-        given = ", ".join(f"{name} {value:.3g}" for name, value in row["inputs"].items())
-        _say(console, f"  inputs for N = {row['world_size']}: {given}")
+    for given, rows in _inputs(result["predicted"]).items():
+        _say(console, f"  inputs for N = {', '.join(rows)}: {given}")
     for row in result["predicted"]:
         simulated = row["simulated_step_ms"]
         if simulated is not None:
@@ -299,6 +302,15 @@ def _print_model(result: dict[str, Any], console: Console) -> None:
     _say(console, f"  link: {model['link_source']}")
     for line in model["assumed"]:
         _say(console, f"  assumed: {line}")
+
+
+def _inputs(predicted: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
+    """Inputs in words -> the rows that have them, as "64 weak"."""
+    of: dict[str, list[str]] = {}
+    for row in predicted:
+        given = ", ".join(f"{name} {value:.3g}" for name, value in row["inputs"].items())
+        of.setdefault(given, []).append(f"{row['world_size']} {row['mode']}")
+    return of
 
 
 def _table(first: str, heads: Sequence[str], title: str | None = None) -> Table:

@@ -84,6 +84,13 @@ def memory_of(rank: dict[str, Any]) -> float | None:
     return rank["process_gib"] if rank["allocated_gib"] is None else rank["allocated_gib"]
 
 
+def has_own_peaks(row: dict[str, Any]) -> bool:
+    """Whether its peaks are of its own steps, and not since the ranks' start."""
+    if "peak_memory_since" in row:
+        return row["peak_memory_since"] == "phase"
+    return all(rank["allocated_gib"] is not None for rank in row["peak_memory"])  # an older file
+
+
 def peak_gib(row: dict[str, Any]) -> float | None:
     """The most of any rank."""
     return _most(memory_of(rank) for rank in row["peak_memory"])

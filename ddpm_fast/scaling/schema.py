@@ -18,6 +18,7 @@ _KINDS = {
     "object": dict, "array": list, "string": str, "boolean": bool, "null": type(None),
     "number": (int, float), "integer": int,
 }  # fmt: skip
+MOST_INTEGER = 2**63 - 1  # beyond, products of a few would be more than a float holds
 _SAID_ONLY = {"$schema", "$id", "$defs", "title", "description"}
 
 
@@ -119,6 +120,8 @@ def _is_of(value: Any, kind: str) -> bool:
     if isinstance(value, bool):
         return kind == "boolean"
     if isinstance(value, float) and not math.isfinite(value):
+        return False
+    if isinstance(value, int) and abs(value) > MOST_INTEGER:
         return False
     return isinstance(value, _KINDS[kind])
 

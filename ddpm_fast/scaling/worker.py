@@ -93,9 +93,9 @@ class Worker:
         """Windows with and without communication in turn, then the parts of a step apart."""
         step, spec = self.step, self.spec
         self.say(what=f"{mode}: warming up")
-        if self.on_gpu:
-            torch.cuda.reset_peak_memory_stats(self.device)
+        own_peak = self.forget_peak()
         self.warm_up(batch)
+        self.memory |= {part: self.memory_now() for part in step.parts()}
         count = self.steps_for(spec["window_s"])
         windows, alone, alone_steps = [], [], []
         if self.meter:
@@ -124,15 +124,16 @@ class Worker:
             "joules": self.meter.joules if self.meter else None,
             "loss": float(step.last_loss),
             "memory": self.peak_memory(),
+            "peak_memory_since": "phase" if own_peak else "start",
             "memory_phases_gib": {**self.memory, "peak": self.memory_now(peak=True)},
         }
 
     def warm_up(self, batch: int) -> None:
-        self.step.batch = batch
+        self.step.set_batch(batch)
         for number in range(WARM_UP_STEPS):
             self.step.synced()
             if number == 0:
-                self.memory.setdefault("first step", self.memory_now())
+                self.memory["first step"] = self.memory_now()
         for _ in range(2):
             self.step.alone()
 
@@ -243,6 +244,13 @@ class Worker:
             ask = torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated
             return ask(self.device) / 2**30
         return host.process_gib()[1 if peak else 0]
+
+    def forget_peak(self) -> bool:
+        """Begin a phase; whether its peak is going to be its own, and not that of any before."""
+        forgotten = host.forget_peak()
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        return self.on_gpu or forgotten
 
     def peak_memory(self) -> dict[str, float | None]:
         gpu = {"allocated_gib": None, "reserved_gib": None}

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ddpm_fast.monitoring import host
+from ddpm_fast.monitoring import monitor as monitoring
 from ddpm_fast.monitoring.devices import gpus_in_use
 from ddpm_fast.monitoring.monitor import BUDGET, EnergyMeter, Monitor
 from ddpm_fast.scaling.machine import topology
@@ -109,6 +110,17 @@ def test_reads_are_so_far_apart_that_they_cost_under_a_thousandth():
     assert 0.005 <= monitor._busy_s < 1e-3 * waited[0]
 
 
+def test_a_process_that_only_watches_reads_more_often():
+    nvml, waited = FakeNvml(count=1, seconds=0.005), []
+    monitor = Monitor(interval_s=0.001, budget=0.05, nvml=nvml)
+    monitor._stop.wait = lambda seconds: waited.append(seconds) or True
+    with monitor:
+        monitor._thread.join()
+    assert waited[0] == pytest.approx(monitor._busy_s / 0.05)
+    with pytest.raises(ValueError, match="budget=0 must be more than 0 and at most 1"):
+        Monitor(budget=0)
+
+
 def test_sampling_this_machine_costs_less_than_a_thousandth():
     shares = []
     for _ in range(5):  # the best of them: a busy machine may hold up a single read
@@ -118,6 +130,21 @@ def test_sampling_this_machine_costs_less_than_a_thousandth():
         if shares[-1] < 1e-3:
             break
     assert min(shares) < 1e-3, shares
+
+
+def test_old_readings_are_thinned_whole(monkeypatch):
+    monkeypatch.setattr(monitoring, "KEPT", 100)
+    monitor, waits = Monitor(interval_s=1e-3, nvml=FakeNvml(count=8)), iter([False] * 60 + [True])
+    monitor._stop.wait = lambda seconds: next(waits)  # 61 readings of 8 GPUs
+    with monitor:
+        monitor._thread.join()
+    assert 50 < len(monitor.samples) <= 100
+    devices = {f"GPU {number}" for number in range(8)}
+    readings = {sample.seconds for sample in monitor.samples}
+    assert [s.seconds for s in monitor.samples] == sorted(s.seconds for s in monitor.samples)
+    for seconds in readings:
+        assert {s.device for s in monitor.samples if s.seconds == seconds} == devices
+    assert {sample.device for sample in monitor.latest()} == devices
 
 
 def test_some_gpus_can_be_chosen():
@@ -257,7 +284,51 @@ def test_pairs_of_gpus_are_named_as_nvidia_smi_does(ends, expected):
     assert topology(nvml, ["GPU-0", "GPU-1"]) == ("580.1", [["X", expected], [expected, "X"]])
 
 
+@pytest.mark.parametrize(
+    ("known", "expected"),
+    [({}, "NV18?"),  # as on a virtual machine: the switches are not told
+     ({number: "0000:09" for number in range(12)}, "NV18"),
+     ({number: None for number in range(18)}, "SYS")],  # inactive
+)  # fmt: skip
+def test_an_active_link_whose_far_end_is_refused_is_a_link(known, expected):
+    def remote(gpu, link):
+        if link not in known:
+            raise NotSupported
+        return SimpleNamespace(busId=known[link])
+
+    nvml = FakeNvml()
+    nvml.nvmlDeviceGetNvLinkState = lambda gpu, link: int(known.get(link, "") is not None)
+    nvml.nvmlDeviceGetNvLinkRemotePciInfo = remote
+    assert topology(nvml, ["GPU-0", "GPU-1"])[1] == [["X", expected], [expected, "X"]]
+
+
+def test_a_pair_with_links_of_its_own_counts_those():
+    nvml = FakeNvml()  # each GPU: 4 links to the other, 2 of unknown end
+    nvml.nvmlDeviceGetNvLinkState = lambda gpu, link: int(link < 6)
+
+    def remote(gpu, link):
+        if link >= 4:
+            raise NotSupported
+        return SimpleNamespace(busId=f"0000:0{1 - gpu}")
+
+    nvml.nvmlDeviceGetNvLinkRemotePciInfo = remote
+    assert topology(nvml, ["GPU-0", "GPU-1"])[1][0][1] == "NV4"
+
+
 def test_this_machine_has_a_processor_cores_and_memory():
     total, used = host.memory_gib()
     assert host.cpu_name() and host.cores() >= 1
     assert 0 <= used <= total
+
+
+def test_a_mark_that_cannot_be_reset_is_told(monkeypatch):
+    def refuse(path, text):
+        raise PermissionError
+
+    monkeypatch.setattr(host, "process_gib", lambda: (1.0, 1.0))
+    monkeypatch.setattr(host.Path, "write_text", lambda path, text: 1)
+    assert host.forget_peak()
+    monkeypatch.setattr(host, "process_gib", lambda: (1.0, 3.0))  # written, but nothing happened
+    assert not host.forget_peak()
+    monkeypatch.setattr(host.Path, "write_text", refuse)
+    assert not host.forget_peak()

@@ -109,9 +109,29 @@ def test_an_unknown_interconnect_is_refused_with_the_nearest():
         interconnect("h200_nvlink")
 
 
-def test_a_gpus_name_gives_its_interconnect():
-    assert interconnect_of("NVIDIA H200") == "h200-nvlink"
-    assert interconnect_of("Tesla V100") is None
+@pytest.mark.parametrize(
+    ("device", "row"),
+    [
+        ("NVIDIA H200", "h200-nvlink"),
+        ("NVIDIA H200, 139 GiB", "h200-nvlink"),
+        ("NVIDIA H100 80GB HBM3, 79 GiB", "h100-nvlink"),
+        ("NVIDIA A100-SXM4-80GB, 79 GiB", "a100-nvlink"),
+        ("NVIDIA GeForce RTX 3090, 24 GiB", "rtx3090-pcie"),
+        ("NVIDIA GeForce RTX 3090 Ti", "rtx3090-pcie"),
+        ("NVIDIA H200 NVL, 139 GiB", None),
+        ("NVIDIA GH200 480GB, 95 GiB", None),
+        ("NVIDIA H100 PCIe, 79 GiB", None),
+        ("NVIDIA H100 NVL, 94 GiB", None),
+        ("NVIDIA A100-PCIE-40GB", None),
+        ("NVIDIA A100 80GB PCIe", None),
+        ("NVIDIA A100X", None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+        ("GRID A100D-80C", None),
+        ("Tesla V100", None),
+    ],
+)
+def test_a_gpus_name_gives_the_machines_that_it_is_surely_in(device, row):
+    assert interconnect_of(device) == row
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from ddpm_fast.scaling.alpha_beta import Link, ring_seconds, tree_seconds
 from ddpm_fast.scaling.assemble import (
     add_predictions,
     add_speedups,
@@ -12,6 +13,7 @@ from ddpm_fast.scaling.assemble import (
     relative_spread,
 )
 from ddpm_fast.scaling.doubts import doubts
+from ddpm_fast.scaling.interconnects import INTERCONNECTS
 from ddpm_fast.scaling.predict import make_model, predicted_rows
 
 
@@ -22,6 +24,7 @@ def phase(batch=16, step_s=0.08, alone_s=0.07, **changes):
         "forward_s": 0.02, "data_s": 0.001, "optimizer_s": 0.004, "compute_s": alone_s - 0.005,
         "communication_s": 0.015, "joules": None, "loss": 1.0, "memory_phases_gib": {"net": 0.4},
         "memory": {"allocated_gib": None, "reserved_gib": None, "process_gib": 0.5},
+        "peak_memory_since": "phase",
     } | changes  # fmt: skip
 
 
@@ -91,6 +94,14 @@ def test_skew_is_of_steps_without_communication():
     assert measured_row("weak", ranks)["skew"] == pytest.approx(1.2)
 
 
+def test_peaks_are_the_rows_own_if_every_ranks_is():
+    def since(*words):
+        ranks = [rank(r, 2, weak=phase(peak_memory_since=word)) for r, word in enumerate(words)]
+        return measured_row("weak", ranks)["peak_memory_since"]
+
+    assert [since("phase", "phase"), since("phase", "start")] == ["phase", "start"]
+
+
 def test_energy_is_of_all_ranks_over_all_images():
     ranks = [rank(r, 2, weak=phase(joules=800.0)) for r in range(2)]
     assert measured_row("weak", ranks)["joules_per_image"] == pytest.approx(1.0)
@@ -105,6 +116,25 @@ def test_speedups_of_both_modes_start_at_the_row_of_one_rank():
     assert weak["efficiency"] == pytest.approx(70 / 80)
     assert strong["speedup"] == pytest.approx(70 / 50)
     assert strong["serial_fraction"] == pytest.approx((50 / 70 - 0.5) / 0.5)
+
+
+def test_a_weak_step_with_the_strong_rows_batch_is_a_row_of_both_modes():
+    # --gpus 1,2,4 --batch-size 16 --global-batch 64: of 4 ranks both are 16 images each
+    parts = measured_parts(
+        [[rank(r, n, weak=phase(), **({} if n == 4 else {"strong": phase(64 // n, 0.32 / n)}))
+          for r in range(n)] for n in (1, 2, 4)], 64)  # fmt: skip
+    strong = [row for row in parts["rows"] if row["mode"] == "strong"]
+    assert [(row["world_size"], row["batch_per_rank"]) for row in strong] == [
+        (1, 64), (2, 32), (4, 16)]  # fmt: skip
+    assert strong[-1]["speedup"] == pytest.approx(4)
+    assert strong[-1]["serial_fraction"] == pytest.approx(0, abs=1e-9)
+    weak = [row for row in parts["rows"] if row["mode"] == "weak"]
+    assert weak[-1]["speedup"] == pytest.approx(4) and weak[-1]["serial_fraction"] is None
+
+
+def test_one_rank_whose_batch_is_the_whole_one_has_one_row():
+    parts = measured_parts([[rank(0, 1, weak=phase())]], 16)
+    assert [row["mode"] for row in parts["rows"]] == ["weak"]
 
 
 def test_an_efficiency_is_between_the_far_ends_of_both_rows():
@@ -239,6 +269,23 @@ def as_gpus(result, name, n):
     return result
 
 
+def test_a_fitted_link_predicts_what_was_measured_and_not_a_cheaper_tree(result):
+    # Eight GPUs whose all-reduces are all latency: by a tree with the ring's alpha they would take
+    # less than half, and still be said to fit without a residual.
+    link, n = Link(alpha_s=1e-3, beta_bytes_per_s=100e9), 8
+    sizes = (1024, *result["bucket_bytes"])
+    seconds = {size: ring_seconds(size, n, link) for size in sizes}
+    assert tree_seconds(1024, n, link) < 0.5 * seconds[1024]
+    result["all_reduce"] = [{"world_size": n, "bytes": size, "seconds": seconds[size],
+                             "bus_gbytes_per_s": 1.0} for size in sizes]  # fmt: skip
+    as_gpus(result, "NVIDIA H200, 139 GiB", n)
+    model, _ = make_model(result)
+    measured_s = sum(seconds[size] for size in result["bucket_bytes"])
+    assert model.step(n, 16)["communication_s"] == pytest.approx(measured_s)
+    published, _ = make_model(result, INTERCONNECTS["h200-nvlink"])
+    assert (model.algorithms, published.algorithms) == (("ring",), ("ring", "tree"))
+
+
 def test_beyond_one_machine_a_link_is_no_faster_than_the_network(result):
     for row in result["all_reduce"]:  # 1 TB/s within
         row["seconds"] = 1e-5 + row["bytes"] / 1e12
@@ -291,3 +338,11 @@ def test_one_measured_rank_needs_published_figures_for_predictions(result):
     assert result["predicted"][0]["efficiency"] > 0.9
     assert "published figures" in result["model"]["assumed"][0]
     assert result["predicted"][-1]["simulated_step_ms"] is None
+
+
+def test_one_measured_process_is_advised_what_the_command_takes(result):
+    result |= {"rows": result["rows"][:1], "all_reduce": []}
+    add_predictions(result, [8])
+    (said,) = result["notes"]
+    assert "no all-reduce was measured; measure at least 2 processes, as --gpus 1,2" in said
+    assert "--interconnect" not in said  # which is refused beside --backend gloo

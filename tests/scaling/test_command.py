@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from ddpm_fast.monitoring import host
+from ddpm_fast.monitoring.monitor import BUDGET, Monitor
 from ddpm_fast.scaling import measure
 from ddpm_fast.scaling import result as results
 from ddpm_fast.scaling.__main__ import main
@@ -98,6 +99,22 @@ def test_after_a_failed_world_the_others_are_named_and_nothing_is_made_up(
     assert result["parameters"] is result["backward_share"] is result["jitter"] is None
     shown = capsys.readouterr().out
     assert "M parameters" not in shown and "img/s" not in shown
+
+
+def test_the_live_view_is_fed_by_a_monitor_that_may_take_its_time(tmp_path, monkeypatch):
+    made = []
+
+    class Watched(Monitor):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            made.append(self.budget)
+
+    monkeypatch.setattr(measure, "Monitor", Watched)
+    monkeypatch.setattr(measure, "run_world", lambda *_, **options: [])
+    monkeypatch.setattr(measure, "read_ranks", lambda *_: [])
+    main([*GLOO, "--gpus", "1", "--out", str(tmp_path)])
+    # 50 ms to read eight GPUs: a reading a second, where the trainer's budget gives one in 100 s
+    assert made == [measure.WATCHING] and 0.05 / made[0] <= 1 < 0.05 / BUDGET
 
 
 def test_without_gpus_the_default_does_not_fall_back_to_cpu_processes(refused, monkeypatch):

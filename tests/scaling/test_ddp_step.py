@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from ddpm_fast.monitoring import host
 from ddpm_fast.nn.unet import UNet
 from ddpm_fast.scaling import worker
 from ddpm_fast.scaling.alpha_beta import bucket_sizes
@@ -41,7 +42,7 @@ def make_step(*, world_size=2, bf16=False, compile=False):
     step = DdpStep(
         preset="digits", device=CPU, rank=0, world_size=world_size, bf16=bf16, compile=compile
     )
-    step.batch = 2
+    step.set_batch(2)
     return step
 
 
@@ -76,6 +77,37 @@ def test_a_compiled_step_is_the_step(tiny_net, one_thread, monkeypatch):
     for step in (compiled, plain):
         step.synced()
     assert float(compiled.last_loss) == pytest.approx(float(plain.last_loss), rel=1e-5)
+
+
+@pytest.fixture
+def compiled(tiny_net, one_thread, monkeypatch):
+    """Of each graph that torch compiles and that reads images: the sizes of its inputs."""
+    sizes = []
+
+    def recording(graph, inputs):
+        if any(getattr(x, "ndim", 0) == 4 for x in inputs):
+            sizes.append([size for x in inputs for size in getattr(x, "shape", (x,))])
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=recording))
+    return sizes
+
+
+def test_two_batches_are_compiled_each_with_fixed_shapes(compiled):
+    step = make_step(world_size=1, compile=True)
+    for step.batch in (2, 4):
+        step.synced()
+    assert len(compiled) == 2
+    for sizes, batch in zip(compiled, (2, 4), strict=True):
+        assert batch in sizes and not any(isinstance(size, torch.SymInt) for size in sizes)
+
+
+def test_a_tenth_batch_is_compiled_as_the_first(compiled):
+    step = make_step(world_size=1, compile=True)
+    for batch in range(2, 12):
+        step.set_batch(batch)
+        step.synced()
+    assert len(compiled) == 10 and 11 in compiled[-1]
 
 
 @pytest.mark.parametrize("bf16", [True, False])
@@ -121,8 +153,48 @@ def test_a_rank_writes_all_that_a_result_is_made_of(work):
     assert [event["window"] for event in said if "window" in event] == [1, 2, 3, 4, 5] * 2
 
 
+def test_the_memory_of_a_phase_is_its_own_after_each_part_of_a_step(work, monkeypatch):
+    readings = iter(range(1, 100))
+    monkeypatch.setattr(worker.host, "process_gib", lambda: (next(readings), 100.0))
+    found, _ = work(2)
+    weak, strong = (found["phases"][mode]["memory_phases_gib"] for mode in ("weak", "strong"))
+    parts = ["start", "net", "first step", "forward", "backward", "optimizer", "peak"]
+    assert list(weak) == list(strong) == parts
+    assert all(weak[name] == strong[name] for name in ("start", "net"))
+    for name in parts[2:-1]:
+        assert weak[name] < strong[name], name  # read again
+
+
+def test_a_step_in_parts_is_a_step(tiny_net, one_thread):
+    whole, cut = make_step(world_size=1), make_step(world_size=1)
+    whole.synced()
+    gradients = []
+    for part in cut.parts():
+        gradients.append((part, cut.parameters[0].grad is not None, cut.step))
+    assert gradients == [("forward", False, 0), ("backward", True, 0), ("optimizer", True, 1)]
+    assert torch.equal(whole.parameters[0], cut.parameters[0])
+
+
+@pytest.mark.skipif(not host.forget_peak(), reason="the system does not reset a process's mark")
+def test_a_processs_peak_of_a_phase_is_its_own(work):
+    before_gib = 0.5
+    ballast = torch.ones(int(before_gib * 2**28))  # fp32, and given back to the system at once
+    high_gib = host.process_gib()[1]
+    del ballast
+    found, _ = work(1, batches={"weak": 2}, alone_batches=[])
+    phase = found["phases"]["weak"]
+    assert phase["peak_memory_since"] == "phase"
+    assert phase["memory"]["process_gib"] < high_gib - before_gib / 2
+
+
+def test_where_a_mark_cannot_be_reset_the_phase_says_so(work, monkeypatch):
+    monkeypatch.setattr(worker.host, "forget_peak", lambda: False)
+    found, _ = work(1, batches={"weak": 2}, alone_batches=[])
+    assert found["phases"]["weak"]["peak_memory_since"] == "start"
+
+
 def test_what_is_compiled_is_what_is_timed_forward_too(work, monkeypatch):
-    def slow(module):
+    def slow(module, **options):
         def forward(*arguments, **options):
             time.sleep(0.02)
             return module(*arguments, **options)

@@ -1,6 +1,7 @@
 """What is shown while measuring, and that the measured step is a data-parallel one."""
 
 import io
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,8 @@ from ddpm_fast.monitoring.monitor import Sample
 from ddpm_fast.scaling.live import LiveView
 
 
-def show(*, terminal):
-    console = Console(file=io.StringIO(), force_terminal=terminal, width=80, highlight=False)
+def show(*, terminal, width=80):
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=width, highlight=False)
     with LiveView(console, word="GPU", windows=5) as view:
         view.world(2)
         view.event({"what": "weak", "window": 1, "images_per_s": 812.3})
@@ -21,11 +22,31 @@ def show(*, terminal):
     return console.file.getvalue()
 
 
-def test_a_terminal_sees_progress_rate_and_every_gpu():
+def test_a_terminal_sees_progress_rate_and_every_gpu(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
     shown = show(terminal=True)
     for word in ("2 GPUs, weak: 812 img/s", "97 %", "12.0 GiB", "650 W", "61 C", "1980 MHz",
                  "3201 MHz"):  # fmt: skip
         assert word in shown
+
+
+@pytest.mark.parametrize("term", ["dumb", "unknown"])
+def test_a_terminal_that_cannot_move_its_cursor_gets_plain_lines(monkeypatch, term):
+    monkeypatch.setenv("TERM", term)
+    assert show(terminal=True) == "2 GPUs: starting\n2 GPUs, weak: 812 img/s (window 1)\n"
+
+
+@pytest.mark.parametrize("width", [79, 60, 40, 24])
+def test_a_narrow_terminal_sees_every_figure_of_every_gpu(monkeypatch, width):
+    monkeypatch.setenv("TERM", "xterm")
+    shown = show(terminal=True, width=width)
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown).splitlines()
+    assert max(map(len, lines)) <= width and "…" not in shown
+    words = " ".join(" ".join(lines).split())
+    for word in ("2 GPUs, weak: 812 img/s, 1/5 windows",
+                 "GPU 0: busy 97 %, memory 12.0 GiB, power 650 W, temperature 61 C, "
+                 "clock 1980 MHz, memory clock 3201 MHz", "GPU 1: -"):  # fmt: skip
+        assert word in words
 
 
 def test_a_pipe_gets_plain_lines():

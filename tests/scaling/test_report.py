@@ -76,6 +76,21 @@ def test_gpus_have_topology_memory_of_every_rank_and_energy(result):
     assert "10.00 11.00 (12.00 12.00)" in text and "0.25" in text and "each GPU" in text
 
 
+def test_a_peak_that_may_be_of_an_earlier_row_is_said_to_be(result):
+    since = "peak memory of every rank since its start, GiB"
+    parts = "start 0.30, net 0.35, first step 0.45, peak"
+    for marks, shown in (([], True), (["phase"] * 3, False), (["phase", "phase", "start"], True)):
+        for row, mark in zip(result["rows"], marks, strict=bool(marks)):  # none: an older file
+            row["peak_memory_since"] = mark
+        words = " ".join(text_of(result, 120).split())
+        assert (since in words) == shown
+        assert (f"{parts} since its start 0.50" in words) == shown
+        assert max(map(len, text_of(result).splitlines())) <= 80
+    for row in as_gpus(result)["rows"]:
+        row.pop("peak_memory_since")
+    assert since not in " ".join(text_of(result, 120).split())
+
+
 @pytest.mark.parametrize(("n", "width"), [(8, 80), (8, 60), (16, 80), (16, 60)])
 def test_every_link_of_many_gpus_can_be_read(result, n, width):
     halves = as_gpus(result, n, lambda i, j: "NV18" if (i < n // 2) == (j < n // 2) else "SYS")
@@ -128,6 +143,18 @@ def test_a_prediction_that_was_not_simulated_says_why(predicted):
     assert "N = 128 strong: not simulated, as the messages of more than 64" in " ".join(
         text_of(predicted).split()
     )
+
+
+def test_every_predictions_inputs_are_shown_once(predicted):
+    eight, strong, more = predicted["predicted"]  # 8 weak, 8 strong, 64 weak
+    assert eight["inputs"] == strong["inputs"] == more["inputs"]
+    words = " ".join(text_of(predicted).split())
+    assert words.count("base_ranks") == 1
+    assert "inputs for N = 8 weak, 8 strong, 64 weak: base_ranks 1, " in words
+    more["inputs"] = more["inputs"] | {"alpha_us": 77.0, "bus_gbytes_per_s": 0.25}
+    words = " ".join(text_of(predicted).split())
+    assert words.count("base_ranks") == 2 and "alpha_us 77, " in words
+    assert "inputs for N = 8 weak, 8 strong: " in words and "inputs for N = 64 weak: " in words
 
 
 def test_the_verdict_names_the_largest_loss_and_what_to_try(result):

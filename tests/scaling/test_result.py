@@ -1,11 +1,15 @@
 """Result files: the schema, what is refused and how, CSV, the original's names, comparisons."""
 
 import csv
+import functools
+import io
 import json
 
 import pytest
+from rich.console import Console
 
 from ddpm_fast.errors import UsageError
+from ddpm_fast.scaling import measure, report
 from ddpm_fast.scaling import result as results
 from ddpm_fast.scaling.compare import differences, pairs
 from ddpm_fast.scaling.legacy import legacy_view
@@ -97,6 +101,41 @@ def test_a_number_that_is_not_finite_is_no_number():
         check(float("nan"), {"type": "number"})
 
 
+@pytest.mark.parametrize("kind", ["number", "integer"])
+@pytest.mark.parametrize("value", [10**309, -(10**400), 2**63])
+def test_an_integer_beyond_any_real_one_is_no_number(kind, value):
+    with pytest.raises(UsageError, match=f"x: is .*, must be of type {kind}"):
+        check({"x": value}, {"properties": {"x": {"type": kind}}})
+    check(2**63 - 1, {"type": kind})
+
+
+def numbers_of(value, path=()):
+    """Where numbers are: of a list, in its first item."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield from numbers_of(item, (*path, name))
+    elif isinstance(value, list):
+        yield from numbers_of(value[0], (*path, 0)) if value else ()
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield path
+
+
+@pytest.mark.parametrize("value", [1e308, 10**308, 10**400, 2**63 - 1])
+def test_a_number_as_large_as_may_be_is_refused_or_shown(tmp_path, predicted, value):
+    path = tmp_path / "result.json"
+    for *parents, last in numbers_of(predicted):
+        changed = json.loads(json.dumps(predicted))
+        functools.reduce(lambda part, name: part[name], parents, changed)[last] = value
+        path.write_text(json.dumps(changed))
+        try:
+            read = results.read(path)
+        except UsageError as error:
+            assert str(last) in str(error)
+            continue
+        report.show(read, Console(file=io.StringIO(), width=80))
+        legacy_view(read)
+
+
 def test_the_csv_has_a_line_a_row_and_labels_predictions(tmp_path, predicted):
     results.write_csv(tmp_path / "r.csv", predicted)
     rows = list(csv.DictReader((tmp_path / "r.csv").open()))
@@ -137,6 +176,18 @@ def test_the_legacy_views_memory_is_a_dict_a_sample_as_the_originals(result):
     assert entry["gpu_1"] == {
         "memory_allocated_gb": 11.0, "memory_reserved_gb": 9.0, "max_memory_gb": 9.0}  # fmt: skip
     assert entry["total_memory_gb"] == 21.0
+
+
+def test_many_samples_of_eight_gpus_are_thinned_with_all_of_them(result, monkeypatch):
+    monkeypatch.setattr(measure, "MOST_SAMPLES", 100)
+    (sample,) = result["samples"][-1:]
+    samples = [sample | {"device": f"GPU {i}", "seconds": float(second), "memory_gib": 1.0}
+               for second in range(100) for i in range(8)]  # fmt: skip
+    result["samples"] = measure.thinned(samples)
+    assert 90 <= len(result["samples"]) <= 110
+    for entry in legacy_view(result)["multi_gpu"]["memory_history"]:
+        assert entry["total_memory_gb"] == 8 and {f"gpu_{i}" for i in range(8)} <= set(entry)
+    assert measure.thinned(samples[:80]) == samples[:80]
 
 
 def test_a_legacy_view_of_one_rank_leaves_the_other_side_open(result):
