@@ -36,7 +36,7 @@ from ddpm_fast.train.failures import (
     told_if_only_a_grid_fails,
     told_if_the_net_does_not_fit,
 )
-from ddpm_fast.train.mfu import mfu
+from ddpm_fast.train.mfu import mfu_of
 from ddpm_fast.train.progress import Display, Measured, peak_gib
 from ddpm_fast.train.resuming import (
     average_parts,
@@ -331,7 +331,7 @@ class Run:
             data_wait=round(max(self.world.gather(waits_s)) / seconds, 4),
             skew=self._skew.measure(self.step, self.train_step.forward_s, waits_s / steps),
             images_per_s_each=round(each, 2) if self.world.size > 1 else None,
-            mfu=self._mfu(each),
+            mfu=mfu_of(self.train_step, each),
         )
         self._check_finite()
         self.last_measured = measured
@@ -348,14 +348,6 @@ class Run:
         self.display.measured(measured, seconds_left)
         self._track({k: v for k, v in row.items() if k != "step" and v is not None})
         self._start_interval()
-
-    def _mfu(self, images_per_s: float) -> float | None:
-        """Of one GPU; None where it means nothing."""
-        if self.device.type != "cuda" or self.train_step.autocast_dtype is None:
-            return None
-        name = torch.cuda.get_device_name(self.device)
-        found = mfu(self.train_step.net.config, images_per_s, name)
-        return None if found is None else round(found, 4)
 
     def _count(self, steps: int, seconds: float) -> None:
         """An interval's share in images_per_s: none of the first, nor of one with the capture."""

@@ -10,6 +10,7 @@ import torch
 
 from ddpm_fast.nn.config import UNetConfig
 from ddpm_fast.nn.unet import UNet
+from ddpm_fast.train.step import TrainStep
 
 # Dense bf16 products, TFLOP/s, by the device's name; the first that fits counts.
 # NVIDIA's data sheets: 1,979 with sparsity for an H100 SXM, half of it without.
@@ -57,3 +58,13 @@ def mfu(config: UNetConfig, images_per_s: float, device_name: str) -> float | No
     if peak is None:
         return None
     return TRAINING_OVER_FORWARD * forward_flops(config) * images_per_s / (peak * 1e12)
+
+
+def mfu_of(train_step: TrainStep, images_per_s: float) -> float | None:
+    """Of one GPU that takes so many images; None where it means nothing."""
+    device = train_step.batches.device
+    if device.type != "cuda" or train_step.autocast_dtype is None:
+        return None
+    name = torch.cuda.get_device_name(device)
+    found = mfu(train_step.net.config, images_per_s, name)
+    return None if found is None else round(found, 4)

@@ -1,12 +1,13 @@
 """Operations of a net and the share of a GPU's that they are."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from ddpm_fast.nn.config import UNetConfig
 from ddpm_fast.nn.unet import UNet
-from ddpm_fast.train.loop import Run
-from ddpm_fast.train.mfu import forward_flops, mfu, peak_tflop_s
+from ddpm_fast.train.mfu import forward_flops, mfu, mfu_of, peak_tflop_s
 from ddpm_fast.train.progress import Measured
 
 
@@ -65,10 +66,12 @@ def test_the_utilisation_is_the_flops_of_a_training_step_over_the_peak():
 )
 def test_it_is_told_of_bf16_on_a_gpu_only(device, dtype, told, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
-    run = object.__new__(Run)
-    run.device = torch.device(device)
-    run.train_step = type("Step", (), {"autocast_dtype": dtype, "net": UNet.from_preset("cifar10")})
-    assert run._mfu(10_000) == (0.3775 if told else None)
+    step = SimpleNamespace(
+        autocast_dtype=dtype,
+        net=UNet.from_preset("cifar10"),
+        batches=SimpleNamespace(device=torch.device(device)),
+    )
+    assert mfu_of(step, 10_000) == (0.3775 if told else None)
 
 
 def test_the_line_tells_it_and_each_processs_share():
