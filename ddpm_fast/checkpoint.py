@@ -68,7 +68,7 @@ def save(
     parts       name -> state dict; becomes <name>.safetensors
     facts       JSON values for the manifest, such as seed and net
     keep        the newest so many stay
-    keep_every  so does every step that it divides; 0: none
+    keep_every  so does the first of every so many steps, from that many on; 0: none
     warn        told of an old one that cannot be removed
     returns     the checkpoint's folder
     raises      CheckpointError  disk full or not writable; earlier checkpoints are untouched
@@ -264,11 +264,19 @@ def _prune(folder: Path, step: int, keep: int, keep_every: int) -> list[Path]:
     returns  what could not be removed
     """
     steps = [s for s in steps_in(folder) if s <= step]
-    unneeded = [s for s in steps[:-keep] if not (keep_every and s % keep_every == 0)]
-    paths = [folder / f"step_{old:08d}" for old in unneeded]
+    unneeded = set(steps[:-keep]) - set(_kept_for_good(steps, keep_every))
+    paths = [folder / f"step_{old:08d}" for old in sorted(unneeded)]
     for path in paths:
         shutil.rmtree(path, ignore_errors=True)
     return [path for path in paths if path.exists()]
+
+
+def _kept_for_good(steps: list[int], every: int) -> list[int]:
+    """Of rising `steps` the first at or after each multiple of `every`: some are saved late."""
+    if not every:
+        return []
+    first = {step // every: step for step in reversed(steps)}
+    return [step for multiple, step in first.items() if multiple]
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -96,9 +96,14 @@ class CheckpointWriter:
         self.wait()
         self._host.take(parts)
 
+    @property
+    def busy(self) -> bool:
+        """Whether a write is under way, for which save() would wait."""
+        return self._thread is not None and self._thread.is_alive()
+
     def poll(self) -> None:
         """As wait(), but only where nothing is being written any more."""
-        if self._thread is not None and not self._thread.is_alive():
+        if not self.busy:
             self.wait()
 
     def wait(self) -> None:

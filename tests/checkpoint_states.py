@@ -1,9 +1,11 @@
-"""What the tests of checkpoints share: a small state that holds one value, a malicious pickle."""
+"""What the tests of checkpoints share: a small state that holds one value, a gate before the
+disk, a malicious pickle."""
 
 import hashlib
 import json
 import os
 import pickle
+import threading
 
 import pytest
 import torch
@@ -54,3 +56,19 @@ def put_pickle(saved, marker, dump=pickle.dump):
     manifest["manifest_sha256"] = checkpoint._digest(manifest)
     (saved / "manifest.json").write_text(json.dumps(manifest))
     return data
+
+
+class Gate:
+    """Holds the writing thread before each part until opened."""
+
+    def __init__(self, monkeypatch):
+        self.reached, self._open = threading.Event(), threading.Event()
+        self.open, self.close = self._open.set, self._open.clear
+        save_file = checkpoint.save_file
+
+        def wait_and_save(tensors, path):
+            self.reached.set()
+            assert self._open.wait(WAIT_S)
+            save_file(tensors, path)
+
+        monkeypatch.setattr(checkpoint, "save_file", wait_and_save)

@@ -8,15 +8,18 @@ import pytest
 import torch
 
 from ddpm_fast.train.__main__ import main
+from tests.checkpoint_states import Gate
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first import of Triton
 
 # A net of 10 thousand parameters on the digits, 5 diffusion steps: a training run takes under 1 s.
+# Its steps are shorter than the write of a checkpoint, and tests name the steps that are saved.
 TINY = (
     *("--base-channels", "8", "--channel-mults", "1,2", "--num-groups", "4"),
     *("--attention-resolutions", "1", "--time-emb-dim", "8", "--batch-size", "8"),
     *("--num-timesteps", "5", "--sample-steps", "5", "--sample-images", "4", "--device", "cpu"),
+    "--exact-checkpoints",
 )
 
 
@@ -109,3 +112,11 @@ def tree():
         return {p.relative_to(folder): p.read_bytes() if p.is_file() else None for p in paths}
 
     return read
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """A Gate at which checkpoints wait; open at the latest when the test ends."""
+    gate = Gate(monkeypatch)
+    yield gate
+    gate.open()

@@ -86,12 +86,18 @@ def test_only_the_newest_are_kept(tmp_path):
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["step_00000005", "step_00000006"]
 
 
-def test_every_step_that_keep_every_divides_stays_beside_the_newest(tmp_path):
+def test_one_of_every_so_many_steps_stays_beside_the_newest(tmp_path):
     for step in range(1, 12):
         save(tmp_path, step, parts(step), {}, keep=2, keep_every=4)
     assert steps_in(tmp_path) == [4, 8, 10, 11]
     save(tmp_path, 12, parts(12), {}, keep=1, keep_every=5)  # told otherwise: 10 is one now
-    assert steps_in(tmp_path) == [10, 12]
+    assert steps_in(tmp_path) == [8, 10, 12]
+
+
+def test_where_saves_came_late_keep_every_keeps_the_first_after_each_multiple(tmp_path):
+    for step in (3, 9, 10, 12, 19, 21, 23, 30, 31, 32, 55, 57, 58):
+        save(tmp_path, step, parts(step), {}, keep=1, keep_every=10)
+    assert steps_in(tmp_path) == [10, 21, 30, 55, 58]
 
 
 @pytest.mark.faults

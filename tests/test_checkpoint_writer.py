@@ -20,29 +20,6 @@ def warnings():
     return []
 
 
-class Gate:
-    """Holds the writing thread before each part until opened."""
-
-    def __init__(self, monkeypatch):
-        self.reached, self._open = threading.Event(), threading.Event()
-        self.open = self._open.set
-        save_file = checkpoint.save_file
-
-        def wait_and_save(tensors, path):
-            self.reached.set()
-            assert self._open.wait(WAIT_S)
-            save_file(tensors, path)
-
-        monkeypatch.setattr(checkpoint, "save_file", wait_and_save)
-
-
-@pytest.fixture
-def gate(monkeypatch):
-    gate = Gate(monkeypatch)
-    yield gate
-    gate.open()
-
-
 def test_the_values_are_those_at_the_call_though_training_goes_on_at_once(tmp_path, gate):
     x = torch.arange(2 * 3 * 4 * 5.0).view(2, 3, 4, 5)
     tensors = {

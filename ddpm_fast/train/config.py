@@ -134,10 +134,12 @@ class TrainConfig:
     """DDIM steps of a sample grid, at most num_timesteps"""
     checkpoint_every: int = 500
     """steps between checkpoints; 0: only the last"""
+    exact_checkpoints: bool = False
+    """let a step wait while the checkpoint before is written, instead of saving some steps later"""
     keep_checkpoints: int = 3
     """newest checkpoints kept"""
     keep_every: int = 0
-    """also keep the checkpoints of every so many steps; 0: none"""
+    """also keep a checkpoint of every so many steps; 0: none"""
     monitor: bool = False
     """also log the GPUs' utilisation, memory, power and temperature (NVML; else the host's)"""
     tensorboard: bool = False
@@ -225,8 +227,8 @@ RENAMED = {
 RESUMABLE = frozenset({
     "iterations", "data_root", "device", "compile", "force_compile", "cuda_graph", "deterministic",
     "grad_accumulation", "recompute", "grad_compression", "timeout", "on_nan", "log_every",
-    "sample_every", "sample_images", "sample_steps", "checkpoint_every", "keep_checkpoints",
-    "keep_every", "monitor", "tensorboard", "wandb",
+    "sample_every", "sample_images", "sample_steps", "checkpoint_every",
+    "exact_checkpoints", "keep_checkpoints", "keep_every", "monitor", "tensorboard", "wandb",
 })  # fmt: skip
 
 

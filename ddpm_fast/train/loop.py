@@ -148,7 +148,9 @@ class Run:
     ) -> None:
         self.train_step, self.config = train_step, train_step.config
         self.folder, self.display, self.trackers = folder, display, trackers
-        self.saving = Saving(writer, self._state, display.say, folder.log)
+        self.saving = Saving(
+            writer, self._state, display.say, folder.log, exact=self.config.exact_checkpoints
+        )
         self.monitor, self._monitored_s = monitor, 0.0
         self.world = train_step.world
         self.device = train_step.batches.device
@@ -237,6 +239,8 @@ class Run:
             with self._maintenance():
                 if _due(self.step, config.checkpoint_every):
                     self.save_checkpoint()
+                elif self.saving.is_overdue() and self.train_step.healthy.item():
+                    self.saving.save(self.step)
                 if self._samples_due():
                     with told_if_only_a_grid_fails(self.step, self.display.say):
                         self.save_samples()

@@ -1,5 +1,7 @@
-"""A run's checkpoints: which are begun, how long they hold the steps, what a failed one costs.
+"""A run's checkpoints: when they are begun, how long they hold the steps, what a failed one costs.
 
+A step waits for the copy to host memory, never for the disk: a checkpoint that is due while an
+earlier one is still being written is put off to the first step after that. It is then of that step.
 A write that fails costs that checkpoint alone: it is told, and the next one is begun all the same.
 The run ends when two in a row fail, or when its last state cannot be saved at the second try.
 """
@@ -22,9 +24,7 @@ class Saving:
 
     state  what to save
     say    told of what failed;  note  of what was written
-
-    A step waits for an earlier write that is still under way: leaving a checkpoint out would not
-    mend a disk that is too slow for --checkpoint-every, and it is said once.
+    exact  let a step wait for the earlier write instead of putting its checkpoint off
     """
 
     def __init__(
@@ -33,8 +33,12 @@ class Saving:
         state: State,
         say: Callable[[str], None],
         note: Callable[[str], None],
+        *,
+        exact: bool = False,
     ) -> None:
         self.writer, self._state, self._say, self._note = writer, state, say, note
+        self._exact = exact
+        self._put_off: int | None = None  # the step at which it was due
         self.saved_step: int | None = None  # begun, or read by a resume
         self._noted_step = writer.last_written_step
         self._failed_in_a_row, self._stall_s, self._told_slow = 0, 0.0, False
@@ -45,24 +49,38 @@ class Saving:
         self.writer.reserve(self._state()[0])
 
     def save(self, step: int) -> None:
-        """Begin to write the state after `step` steps, if that was not begun before.
+        """Begin to write the state after `step` steps, if that was not begun before, or put it off.
 
         raises  CheckpointError  the write before this one failed, and so did the one before that
         """
         start = time.perf_counter()
-        self.hear(wait=True)
+        self.hear(wait=self._exact)
         if self.saved_step == step:
+            return
+        if self.writer.busy:
+            self._put_off = self._put_off or step
             return
         waited_s = time.perf_counter() - start
         self.writer.save(step, *self._state())
         self.saved_step = step
         self._stall_s += time.perf_counter() - start
-        if waited_s > max(1.0, self.writer.last_copy_s) and not self._told_slow:
-            self._told_slow = True
-            self._say(
-                f"warning: step {step} waited {waited_s:.1f} s until the checkpoint before it was "
-                "written: --checkpoint-every is shorter than a write"
+        if waited_s > max(1.0, self.writer.last_copy_s):
+            self._tell_slow(f"step {step} waited {waited_s:.1f} s until the one before was written")
+        if self._put_off is not None:
+            self._tell_slow(
+                f"the one due at step {self._put_off} is of step {step}, as the one before was "
+                "still being written; --exact-checkpoints waits instead"
             )
+            self._put_off = None
+
+    def is_overdue(self) -> bool:
+        """Whether a checkpoint was put off whose turn has come."""
+        return self._put_off is not None and not self.writer.busy
+
+    def _tell_slow(self, how: str) -> None:
+        if not self._told_slow:
+            self._told_slow = True
+            self._say(f"warning: checkpoints take longer than --checkpoint-every: {how}")
 
     def hear(self, *, wait: bool = False) -> None:
         """Tell how the last write ended; `wait`: until it has.
@@ -90,7 +108,7 @@ class Saving:
 
         raises  CheckpointError  that failed too
         """
-        self._failed_in_a_row = 0
+        self._failed_in_a_row, self._put_off = 0, None
         if self.saved_step != step:
             self.hear(wait=True)  # of the one before, whose failure does not count here
             self._failed_in_a_row = 0
