@@ -169,7 +169,7 @@ def test_a_set_that_is_read_ahead_goes_on_exactly_and_its_waits_are_logged(
     """As one larger than memory is; the run is that of the same images held in memory."""
 
     def slowly(self, step):
-        time.sleep(0.02)
+        time.sleep(0.05)
         return order(self, step)
 
     order = ReadAhead._order
