@@ -54,11 +54,12 @@ class Saving:
         raises  CheckpointError  the write before this one failed, and so did the one before that
         """
         start = time.perf_counter()
-        self.hear(wait=self._exact)
-        if self.saved_step == step:
+        if self.writer.busy and not self._exact:
+            if self.saved_step != step:
+                self._put_off = self._put_off or step
             return
-        if self.writer.busy:
-            self._put_off = self._put_off or step
+        self.hear(wait=True)
+        if self.saved_step == step:
             return
         waited_s = time.perf_counter() - start
         self.writer.save(step, *self._state())
