@@ -14,16 +14,22 @@ RESIDENT_BYTES = 8 * 2**30  # larger sets stay memory-mapped; only a batch's row
 UPLOAD_BYTES = 64 * 2**20  # of a resident set at a time, so that no rank copies all of it on a host
 
 
+def share_of(count: int, part: int, parts: int) -> range:
+    """The consecutive numbers below `count` that fall to `part`; parts differ by one at most."""
+    return range(count * part // parts, count * (part + 1) // parts)
+
+
 class Batches:
     """Batches as functions of (seed, step): `load(step)` fills x_0, rows and y.
 
     images      the set; up to RESIDENT_BYTES of pixels live as uint8 on the GPU, or stay in
                 memory. Of a larger set, or a memory-mapped one on a CPU, only the rows of this
                 rank's batches are ever read, ahead of the step that needs them
-    batch_size  B, images a step and rank;  seed  the run's
-    rank, world_size  this rank's rows are B from B * rank on, of the B * world_size of a step
+    batch_size  images a step, of all ranks;  seed  the run's
+    rank, world_size  this rank's images are its share_of them, B by number
     use_labels  give classes too; ValueError if the set has none
 
+    share  which of a step's images are this rank's
     x_0   (M, C, H, W) uint8, the whole set; if that is not resident the batch, (B, C, H, W)
     rows  (B,) int64: which of x_0 the batch is; None if x_0 is the batch, in order
     y     (B,) int64 classes, or None
@@ -46,13 +52,13 @@ class Batches:
                 "folders with subfolders, and .npz with labels"
             )
         self.images, self.batch_size, self.device = images, batch_size, device
-        self.first_index, self.global_batch_size = batch_size * rank, batch_size * world_size
+        self.share = share_of(batch_size, rank, world_size)
         self._order = DataOrder(len(images.images), seed)
         on_cuda = device.type == "cuda"
         mapped = isinstance(images.images, np.memmap)
         resident = images.images.nbytes <= RESIDENT_BYTES and (on_cuda or not mapped)
         if not resident:
-            shape = (batch_size, *images.images.shape[1:])
+            shape = (len(self.share), *images.images.shape[1:])
             self.x_0 = torch.empty(shape, dtype=torch.uint8, device=device)
         elif on_cuda:
             self.x_0 = _uploaded(images.images, device)
@@ -79,11 +85,11 @@ class Batches:
         return 0.0 if self._ahead is None else self._ahead.wait_s
 
     def _rows_of(self, step: int) -> Tensor:
-        first = step * self.global_batch_size + self.first_index
-        return self._order.rows(first, self.batch_size)
+        first = step * self.batch_size + self.share.start
+        return self._order.rows(first, len(self.share))
 
     def _index_buffer(self) -> Tensor:
-        return torch.zeros(self.batch_size, dtype=torch.int64, device=self.device)
+        return torch.zeros(len(self.share), dtype=torch.int64, device=self.device)
 
     def _fill(self, buffer: Tensor, values: Tensor) -> None:
         if buffer.is_cuda:

@@ -174,6 +174,12 @@ class Run:
         )
         if self.monitor is not None and self.monitor.why_not:
             self.display.say(f"{self.monitor.why_not}; this machine's processors are")
+        if rest := config.batch_size % self.world.size:
+            least = config.batch_size // self.world.size
+            self.display.say(
+                f"{config.batch_size} images a step: {least + 1} on {rest} of the processes, "
+                f"{least} on the others"
+            )
         if self.world.size > 1 and config.norm == "bn":
             self.display.say(
                 "warning: --norm bn averages over each process's own images: another number of "

@@ -15,15 +15,13 @@ def advice(train_step: TrainStep, *, resumed: bool) -> str:
 
     resumed  the run keeps its batch size
     """
-    own_images = train_step.batches.batch_size
-    tried = own_images // train_step.config.grad_accumulation
+    own_images = len(train_step.batches.share)
+    tried = max(train_step.part_sizes)
     fits = largest_part_that_fits(train_step, tried)
     given = f"out of memory: {tried} images at a time do not fit on {train_step.batches.device}"
     if fits is None:
         return f"{given}, and not even one does; a smaller net or another --device may"
-    accumulation = next(
-        k for k in range(1, own_images + 1) if own_images % k == 0 and own_images // k <= fits
-    )
+    accumulation = -(-own_images // fits)
     batch_size = fits * train_step.world.size
     smaller = "" if resumed else f"--batch-size {batch_size} on smaller batches, "
     return (

@@ -116,16 +116,10 @@ def for_ranks(
         )
     if config.cuda_graph == "on" and device.type != "cuda":
         raise UsageError(f"--cuda-graph on is for CUDA; on {device.type}: auto or off")
-    shares = world.size * config.grad_accumulation
-    if config.batch_size % shares:
-        sizes = [
-            str(n) for n in range(1, config.batch_size + 1)
-            if config.batch_size % (n * config.grad_accumulation) == 0
-        ]  # fmt: skip
+    if config.batch_size < world.size:
         raise UsageError(
-            f"--batch-size {config.batch_size} over {world.size} processes in "
-            f"{config.grad_accumulation} parts: must be divisible by {shares}; allowed: "
-            f"{', '.join(sizes) or 'no number of'} processes"
+            f"--batch-size {config.batch_size} over {world.size} processes: each needs an image; "
+            f"allowed: at most {config.batch_size} processes"
         )
     return config
 
@@ -165,7 +159,7 @@ def make_step(
         )
     net = net.to(device, memory_format=torch.channels_last)
     batches = Batches(
-        images, batch_size=config.batch_size // world.size, seed=config.seed, device=device,
+        images, batch_size=config.batch_size, seed=config.seed, device=device,
         use_labels=config.use_labels, rank=world.rank, world_size=world.size,
     )  # fmt: skip
     try:
@@ -203,7 +197,9 @@ def wrap_net(train_step: TrainStep, say: Callable[[str], None]) -> None:
     """
     if _compiles(train_step.config, train_step.batches.device, say):
         say("compiling: the first step takes up to some minutes")
-        train_step.forward = torch.compile(train_step.net, fullgraph=True)
+        # Of a second size torch would make a graph for all sizes, which is slower.
+        dynamic = False if len(train_step.part_sizes) > 1 else None
+        train_step.forward = torch.compile(train_step.net, fullgraph=True, dynamic=dynamic)
         train_step.compiled = True
     if train_step.world.size > 1:
         train_step.forward = _shared(train_step)

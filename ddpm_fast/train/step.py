@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ddpm_fast.data.batches import Batches
+from ddpm_fast.data.batches import Batches, share_of
 from ddpm_fast.diffusion.process import Diffusion
 from ddpm_fast.distributed import ALONE, World
 from ddpm_fast.ema import EMA
@@ -75,8 +75,10 @@ class TrainStep:
         optimizer.found_inf = self._refused  # fused optimizers leave all as it is where 1
         # the new weights' share in each average; 0 where no update is due
         self._ema_weights = torch.zeros(len(emas), device=device)
-        size = batches.batch_size // config.grad_accumulation
-        self._parts = [slice(at, at + size) for at in range(0, batches.batch_size, size)]
+        own = len(batches.share)
+        num_parts = min(config.grad_accumulation, own)
+        shares = [share_of(own, part, num_parts) for part in range(num_parts)]
+        self._parts = [slice(share.start, share.stop) for share in shares]
         self._forward_times: list[tuple] = []  # (start, end) of each part's forward pass
         off = "--cuda-graph off" if config.cuda_graph == "off" else None
         self.call = CapturedCall(
@@ -173,6 +175,11 @@ class TrainStep:
         use()
 
     @property
+    def part_sizes(self) -> set[int]:
+        """How many images are taken through the net at a time; two numbers where parts differ."""
+        return {part.stop - part.start for part in self._parts}
+
+    @property
     def captured(self) -> bool:
         """Whether a step is a replay of one graph, or of two."""
         return all(call.captured for call in self._halves or (self.call,))
@@ -221,10 +228,14 @@ class TrainStep:
         self._refused.copy_(self.optimizer.applied == 0)
 
     def backward(self, rows: slice) -> None:
-        """Add a part of the batch's share of the loss and of the gradients."""
-        batches, share = self.batches, 1 / len(self._parts)
+        """Add a part of the batch's share of the loss and of the gradients.
+
+        So that the mean over the ranks is the mean over all images, whatever each rank has.
+        """
+        batches = self.batches
+        share = (rows.stop - rows.start) * self.world.size / batches.batch_size
         seed, step, first_index = self.rng.unbind()
-        first_index = first_index + (batches.first_index + rows.start)
+        first_index = first_index + (batches.share.start + rows.start)
         self.net.rng.copy_(torch.stack((seed, step, first_index)))
         start = self._now()
         with self.autocast():

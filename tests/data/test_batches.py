@@ -102,7 +102,7 @@ def test_a_set_that_is_large_or_mapped_gives_the_same_batches(mapped, large, mon
 
 
 def test_of_a_mapped_set_a_rank_reads_the_rows_of_its_share_and_no_others(mapped):
-    loader, read = make(mapped, batch_size=4, rank=1, world_size=2), []
+    loader, read = make(mapped, rank=1, world_size=2), []
     select = loader._ahead._images.index_select
 
     class Noting:
@@ -134,17 +134,18 @@ def test_a_set_reaches_a_device_whole_in_pieces(mapped, upload_bytes, monkeypatc
 
 
 @pytest.mark.parametrize("resident", [True, False])
-def test_ranks_share_the_batch_of_one(monkeypatch, resident):
+@pytest.mark.parametrize("world_size, starts", [(2, [0, 4]), (3, [0, 2, 5]), (8, list(range(8)))])
+def test_ranks_share_the_batch_of_one(monkeypatch, resident, world_size, starts):
     if not resident:
         monkeypatch.setattr(batches, "RESIDENT_BYTES", 0)
     whole = make(use_labels=True)
-    ranks = [make(batch_size=4, use_labels=True, rank=rank, world_size=2) for rank in range(2)]
+    ranks = [make(use_labels=True, rank=r, world_size=world_size) for r in range(world_size)]
     for step in (0, 1, 7):
         x_0, y = batch(whole, step)
         shares = [batch(loader, step) for loader in ranks]
         assert torch.equal(torch.cat([share[0] for share in shares]), x_0)
         assert torch.equal(torch.cat([share[1] for share in shares]), y)
-    assert [loader.first_index for loader in ranks] == [0, 4]
+    assert [loader.share.start for loader in ranks] == starts
 
 
 def test_a_disk_that_is_slow_is_waited_for_once_and_counted(monkeypatch):
