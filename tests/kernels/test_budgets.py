@@ -29,9 +29,10 @@ def compile_launches(*flags, path=()):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 90, 100])
-def test_group_norm_compiles_without_spills_and_with_wide_accesses(arch):
-    table = compile_launches("--kernels", "group_norm_silu", "--archs", str(arch))
-    assert "34 launches, 0 with violations" in table
+@pytest.mark.parametrize("kernel, launches", [("group_norm_silu", 34), ("attention", 26)])
+def test_every_launch_compiles_without_spills_and_as_wide_as_it_must_be(kernel, launches, arch):
+    table = compile_launches("--kernels", kernel, "--archs", str(arch))
+    assert f"{launches} launches, 0 with violations" in table
 
 
 @pytest.fixture(scope="module")
