@@ -1,4 +1,4 @@
-"""Why one of attention's backward passes is not ours; what its launches compile to: test_budgets."""
+"""Why one of attention's backward passes is not ours; test_budgets compiles those that are."""
 
 import os
 import subprocess
