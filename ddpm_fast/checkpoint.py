@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -140,6 +141,21 @@ def load_newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint:
             warn(f"skipped a damaged checkpoint: {error}")
     found = f"all {len(folders)} are damaged" if folders else "there is none"
     raise CheckpointError(f"{folder} holds no checkpoint that can be loaded: {found}")
+
+
+def set_aside(folder: Path, after: int) -> list[Path]:
+    """Rename the checkpoints of `folder` past step `after`, which are damaged, to damaged_step_*.
+
+    Else they would count among the newest when old ones are removed.
+    returns  where they are now
+    """
+    folders, places = _folders(folder), []
+    for step in sorted(step for step in folders if step > after):
+        name = f"damaged_step_{step:08d}"
+        free = (folder / f"{name}{f'.{n}' if n else ''}" for n in itertools.count())
+        places.append(next(place for place in free if not place.exists()))
+        os.replace(folders[step], places[-1])
+    return places
 
 
 def average_part(decay: float | None) -> str:

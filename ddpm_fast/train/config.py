@@ -162,12 +162,6 @@ class TrainConfig:
             raise ValueError(f"batch_size_per_gpu={self.batch_size_per_gpu} must be at least 1")
         if not self.timeout > 0:
             raise ValueError(f"timeout={self.timeout} must be positive")
-        most_parts = self.batch_size_per_gpu or self.batch_size
-        if self.grad_accumulation > most_parts:
-            raise ValueError(
-                f"grad_accumulation={self.grad_accumulation} must be at most the {most_parts} "
-                "images of a step"
-            )
         if not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"learning_rate={self.learning_rate} must be positive and finite")
         decays = (self.ema_decay, *self.extra_ema_decays)

@@ -159,7 +159,7 @@ class Run:
         self._trained_steps, self._trained_s = 0, 0.0  # warm, and maintenance left out
         self._warm: bool | None = None  # captured as the interval began; None: no step before it
         self._trained_any, self._told_skipped, self._told_graph = False, 0, False
-        self._skew = SkewWatch(self.world, display.say)
+        self._skew = SkewWatch(self.world, self.config.batch_size, display.say)
         self._compiled_graphs = 0
         self._start_interval()
 

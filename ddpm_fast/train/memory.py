@@ -15,13 +15,13 @@ def advice(train_step: TrainStep, *, resumed: bool) -> str:
 
     resumed  the run keeps its batch size
     """
-    own_images = len(train_step.batches.share)
+    most_images = -(-train_step.batches.batch_size // train_step.world.size)  # of a rank
     tried = max(train_step.part_sizes)
     fits = largest_part_that_fits(train_step, tried)
     given = f"out of memory: {tried} images at a time do not fit on {train_step.batches.device}"
     if fits is None:
         return f"{given}, and not even one does; a smaller net or another --device may"
-    accumulation = -(-own_images // fits)
+    accumulation = -(-most_images // fits)
     batch_size = fits * train_step.world.size
     smaller = "" if resumed else f"--batch-size {batch_size} on smaller batches, "
     return (
@@ -31,9 +31,15 @@ def advice(train_step: TrainStep, *, resumed: bool) -> str:
 
 
 def largest_part_that_fits(train_step: TrainStep, tried: int) -> int | None:
-    """The first of tried // 2, tried // 4, ..., 1 whose forward and backward pass fits."""
+    """The first of tried // 2, tried // 4, ..., 1 whose forward and backward pass fits.
+
+    A compiled net is tried eager, which takes more: each size would be compiled anew, and torch
+    compiles a few only.
+    """
     train_step.forget_graphs()  # their memory
     train_step.leave_ranks()  # which do not try with it
+    if train_step.compiled:
+        train_step.forward = train_step.net
     while tried > 1:
         tried //= 2
         _free(train_step)

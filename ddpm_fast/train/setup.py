@@ -121,6 +121,11 @@ def for_ranks(
             f"--batch-size {config.batch_size} over {world.size} processes: each needs an image; "
             f"allowed: at most {config.batch_size} processes"
         )
+    if config.grad_accumulation > config.batch_size:
+        raise UsageError(
+            f"--grad-accumulation {config.grad_accumulation} parts of {config.batch_size} images "
+            f"a step; allowed: 1 to {config.batch_size}"
+        )
     return config
 
 

@@ -8,14 +8,21 @@ from collections.abc import Callable
 
 from ddpm_fast.distributed import World
 
-SLOW_RANK = 1.5  # an own time of so many medians is told; 2 ranks: one takes 3 times the other's
+# An own time of so many medians is told, if the ranks have equally many images; of two ranks one
+# takes 3 times the other's then.
+SLOW_RANK = 1.5
 
 
 class SkewWatch:
-    """Compares what the ranks take; `say` hears of each slow one once."""
+    """Compares what the ranks take; `say` hears of each slow one once.
 
-    def __init__(self, world: World, say: Callable[[str], None]) -> None:
+    batch_size  images a step, of all ranks: where one has more than another, it may take longer
+    """
+
+    def __init__(self, world: World, batch_size: int, say: Callable[[str], None]) -> None:
         self._world, self._say = world, say
+        least = batch_size // world.size
+        self._slow = SLOW_RANK * (-(-batch_size // world.size) / least)
         self._slow_rank: int | None = None  # at the last measurement
         self._told: set[int] = set()
 
@@ -32,7 +39,7 @@ class SkewWatch:
         if not all(s > 0 for s in seconds):
             return None
         skew = max(seconds) / statistics.median(seconds)
-        slow = seconds.index(max(seconds)) if skew > SLOW_RANK else None
+        slow = seconds.index(max(seconds)) if skew > self._slow else None
         if slow is not None and slow == self._slow_rank and slow not in self._told:
             self._told.add(slow)
             self._say(

@@ -318,7 +318,24 @@ def test_resume_goes_back_past_a_damaged_checkpoint_and_still_ends_bitwise(
     out = capsys.readouterr().out
     assert f"skipped a damaged checkpoint: {damaged} was altered" in out
     assert "resumed after step 4" in out
+    assert "the damaged checkpoint is now damaged_step_00000008\n" in out
+    assert (damaged.parents[1] / "damaged_step_00000008" / "ema.safetensors").read_bytes() == data
     assert weights(tmp_path / "cut", 12) == weights(whole, 12)
+
+
+@pytest.mark.faults
+def test_damaged_checkpoints_do_not_push_healthy_ones_out(tmp_path, train, resume, tree):
+    """Of steps that the resumed run does not meet again, as after a stop or a slow write."""
+    run = tmp_path / "run"
+    assert train(run, *SHORT, "--iterations", 5) == 0  # 4 and 5
+    for _ in range(2):
+        for path in (run / "checkpoints" / "step_00000005").iterdir():
+            path.write_bytes(path.read_bytes()[:10])
+        assert resume(run) == 0
+    assert resume(run, "--iterations", 12, "--keep-checkpoints", 3) == 0
+    left = {path.name for path in (run / "checkpoints").iterdir()}
+    damaged = {"damaged_step_00000005", "damaged_step_00000005.1"}
+    assert left == {"step_00000005", "step_00000008", "step_00000012"} | damaged
 
 
 @pytest.mark.skipif(os.name != "posix", reason="RLIMIT_FSIZE is POSIX's")

@@ -35,8 +35,8 @@ def written(gate):
     """written(): have the disk go on, and wait for the checkpoint that is being written."""
 
     def wait():
-        gate.open()
         (writing,) = [t for t in threading.enumerate() if t.name.startswith("checkpoint of ")]
+        gate.open()
         writing.join(WAIT_S)
 
     return wait

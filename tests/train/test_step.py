@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_fast.data import open_images
 from ddpm_fast.distributed import World
+from ddpm_fast.errors import UsageError
 from ddpm_fast.graphs import CapturedCall
 from ddpm_fast.train import setup
 from ddpm_fast.train.config import TrainConfig
@@ -381,8 +382,10 @@ def rgb_images():
 
 
 def test_values_that_do_not_go_together_are_refused():
-    with pytest.raises(ValueError, match="grad_accumulation=9 must be at most the 8 images"):
-        TrainConfig(**SMALL, grad_accumulation=9)
+    with pytest.raises(
+        UsageError, match="--grad-accumulation 9 parts of 8 images a step; allowed: 1"
+    ):
+        build(grad_accumulation=9)
 
 
 def test_memory_errors_of_both_allocators_are_known():
