@@ -97,6 +97,7 @@ class CapturedCall:
         try:
             with _no_collection(), self.side_stream():
                 torch.cuda.synchronize()
+                _free_workspaces()
                 torch.cuda.empty_cache()  # what the warm-up held serves the graph
                 _record(graph, self._run(), pool)
         except RuntimeError as error:
@@ -133,7 +134,19 @@ def _record(graph: torch.cuda.CUDAGraph, run: Callable[[], None], pool: tuple[in
         with suppress(RuntimeError):  # after an illegal call: of the capture, not the reason
             graph.capture_end()
         raise
-    graph.capture_end()
+    else:
+        graph.capture_end()
+    finally:
+        _free_workspaces()  # calls that are not captured must not use the graph's
+
+
+def _free_workspaces() -> None:
+    """Have cuBLAS take others where it needs them next.
+
+    It keeps one for each stream. In a capture it takes them from the graph's own memory then: those
+    of the warm-up may be freed under the graph, as Inductor does with all before its own captures.
+    """
+    torch._C._cuda_clearCublasWorkspaces()
 
 
 @contextmanager

@@ -25,6 +25,7 @@ class Cuda:
 
     def __init__(self, monkeypatch):
         self.seen, self.fails, self.graphs = [], None, []
+        self.workspaces_freed_after = []
         self.now_device, self.default = torch.device("cuda", 0), self.Stream()
         self.now_stream = self.default
         monkeypatch.setattr(torch.cuda, "Stream", self.Stream)
@@ -35,6 +36,10 @@ class Cuda:
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: self.see("emptied"))
         monkeypatch.setattr(torch.cuda, "CUDAGraph", self.graph)
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: POOL)
+        monkeypatch.setattr(
+            torch._C, "_cuda_clearCublasWorkspaces",
+            lambda: self.workspaces_freed_after.extend(self.names()[-1:]), raising=False,
+        )  # fmt: skip
         for name in ("endAllocateToPool", "releasePool"):
             monkeypatch.setattr(
                 torch._C, f"_cuda_{name}", lambda *its, name=name: self.pool(name, *its),
@@ -105,6 +110,8 @@ def test_warm_up_and_capture_are_in_one_stream_on_the_calls_own_device(cuda):
     streams = {stream for what, _, stream, _ in cuda.seen if what != "replay"}
     assert streams == {call._stream} and call._stream is not other._stream
     assert {device for what, device, *_ in cuda.seen if what != "replay"} == {CUDA_1}
+    # the graph has its own, neither the warm-up's nor one that calls after it would use
+    assert cuda.workspaces_freed_after == ["run", "end"]
     assert cuda.now_stream is cuda.default and cuda.now_device.index == 0
 
 
@@ -127,6 +134,7 @@ def test_after_a_capture_that_was_invalidated_the_first_reason_is_told_and_the_s
     for _ in range(5):
         call()
     assert call.why_not == "CUDA error: .item() while capturing" and not call.captured
+    assert cuda.workspaces_freed_after == ["run", "end"]
     freed = ["reset", "endAllocateToPool", "releasePool", "emptied"]
     assert cuda.names()[-7:] == ["end", *freed, "run", "run"]
     assert cuda.now_stream is cuda.default and cuda.now_device.index == 0

@@ -6,8 +6,10 @@ Activations are (N, C, H, W), best in channels_last memory; the time embedding i
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,7 @@ from ddpm_fast.nn.norm import (
     fuses,
     norm_act,
     run_conv,
+    second_pass,
 )
 
 
@@ -119,9 +122,13 @@ class ResidualBlock(nn.Module):
         """
         if self.recompute == "block" and torch.is_grad_enabled():
             # dropout is drawn by counter, so that there is no generator's state to preserve
-            return checkpoint(
-                self._run, x, time_emb, y, rng, skip, use_reentrant=False, preserve_rng_state=False
-            )
+            run = functools.partial(
+                checkpoint, self._run, x, time_emb, y, rng, skip,
+                use_reentrant=False, preserve_rng_state=False,
+            )  # fmt: skip
+            if torch.compiler.is_compiling():
+                return run()
+            return run(context_fn=lambda: (nullcontext(), second_pass()))
         return self._run(x, time_emb, y, rng, skip)
 
     def _run(

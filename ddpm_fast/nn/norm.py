@@ -7,7 +7,9 @@ when the norm is a group norm.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -30,10 +32,39 @@ def make_norm(kind: str | None, channels: int, num_groups: int, eps: float) -> n
         case "in":
             return nn.InstanceNorm2d(channels, eps=eps, affine=True)
         case "bn":
-            return nn.BatchNorm2d(channels, eps=eps)
+            return BatchNorm2d(channels, eps=eps)
         case None:
             return nn.Identity()
     raise ValueError(f"norm={kind!r} must be one of 'gn', 'in', 'bn', None")
+
+
+class _Pass(threading.local):
+    """Whether this thread makes again what a backward pass needs."""
+
+    second = False
+
+
+_PASS = _Pass()
+
+
+@contextmanager
+def second_pass() -> Iterator[None]:
+    """Forward passes whose images have been counted in running statistics already."""
+    before, _PASS.second = _PASS.second, True
+    try:
+        yield
+    finally:
+        _PASS.second = before
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """nn.BatchNorm2d whose running statistics a second pass over the same images leaves alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() or not (self.training and _PASS.second):
+            return super().forward(x)
+        mean, var = self.running_mean.clone(), self.running_var.clone()
+        return F.batch_norm(x, mean, var, self.weight, self.bias, training=True, eps=self.eps)
 
 
 class CounterDropout(nn.Module):
@@ -132,7 +163,7 @@ def conv_of_recomputed(conv: nn.Conv2d, make_input: Callable[[], Tensor], bias: 
     def unpack(packed: Tensor | object) -> Tensor:
         if packed is not _RECOMPUTE:
             return packed
-        with torch.no_grad():
+        with torch.no_grad(), second_pass():
             return make_input()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):

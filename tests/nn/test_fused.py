@@ -17,6 +17,13 @@ SMALL = dict(
 )  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def _exact_convolutions(monkeypatch):
+    """fp32 in which both nets' convolutions round alike: TF32 makes 1e-7 between them 1e-3."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+
+
 def build(**changes):
     torch.manual_seed(0)
     return df.UNet(**{**SMALL, **changes}).to(DEVICE, memory_format=torch.channels_last)
@@ -74,6 +81,20 @@ def test_recomputing_changes_no_gradient(impl, recompute):
     assert torch.equal(found[0], expected[0])
     for name, gradient in expected[1].items():
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("recompute", ["norm", "block"])
+def test_recomputing_counts_no_image_twice_in_running_statistics(recompute):
+    """One step moves them by 0.1, and they are sampled with."""
+    plain, found = (build(norm="bn", recompute=r, dropout=0.0) for r in (None, recompute))
+    assert_same(run(found), run(plain), 1e-5)
+    statistics = dict(plain.named_buffers())
+    moved = [n for n in statistics if n.endswith(("running_mean", "running_var"))]
+    assert moved and any(found.get_buffer(n).abs().sum() > 0 for n in moved)
+    for name in moved:
+        torch.testing.assert_close(found.get_buffer(name), statistics[name])
+    counts = {int(b) for n, b in found.named_buffers() if n.endswith("num_batches_tracked")}
+    assert counts == {1}
 
 
 @pytest.mark.parametrize("recompute, kept", [(None, True), ("norm", False), ("block", False)])
