@@ -44,6 +44,10 @@ class CheckpointError(Failure):
     """A checkpoint that cannot be written or trusted: one line naming the file and the fault."""
 
 
+class Damaged(CheckpointError):
+    """A checkpoint that is not what was written: missing, cut or altered."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A verified checkpoint: its folder, step, manifest, and tensors on the CPU."""
@@ -116,15 +120,15 @@ def load(path: Path) -> Checkpoint:
     for name, recorded in manifest["files"].items():
         data = _read(path / name)
         if len(data) != recorded["bytes"]:
-            raise CheckpointError(
+            raise Damaged(
                 f"{path / name} has {len(data)} bytes, its manifest says {recorded['bytes']}"
             )
         if hashlib.sha256(data).hexdigest() != recorded["sha256"]:
-            raise CheckpointError(f"{path / name} was altered: its SHA-256 is not the manifest's")
+            raise Damaged(f"{path / name} was altered: its SHA-256 is not the manifest's")
         try:
             parts[name.removesuffix(".safetensors")] = load_safetensors(data)
         except SafetensorError as error:
-            raise CheckpointError(f"{path / name} is not a safetensors file: {error}") from None
+            raise Damaged(f"{path / name} is not a safetensors file: {error}") from None
     return Checkpoint(path, manifest["step"], manifest, parts)
 
 
@@ -143,14 +147,24 @@ def load_newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint:
     raise CheckpointError(f"{folder} holds no checkpoint that can be loaded: {found}")
 
 
-def set_aside(folder: Path, after: int) -> list[Path]:
-    """Rename the checkpoints of `folder` past step `after`, which are damaged, to damaged_step_*.
+def set_damaged_aside(newest: Path) -> list[Path]:
+    """Rename damaged checkpoints past `newest`, the newest healthy one, to damaged_step_*.
 
-    Else they would count among the newest when old ones are removed.
+    Else they would count among the newest when old ones are removed. One that cannot be read, or
+    is of another format, may be healthy and stays.
     returns  where they are now
     """
+    folder = newest.parent
     folders, places = _folders(folder), []
+    after = next(step for step, path in folders.items() if path == newest)
     for step in sorted(step for step in folders if step > after):
+        try:
+            load(folders[step])
+            continue
+        except Damaged:
+            pass
+        except CheckpointError:
+            continue
         name = f"damaged_step_{step:08d}"
         free = (folder / f"{name}{f'.{n}' if n else ''}" for n in itertools.count())
         places.append(next(place for place in free if not place.exists()))
@@ -321,6 +335,8 @@ def _digest(manifest: Mapping[str, Any]) -> str:
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
+    except FileNotFoundError as error:
+        raise Damaged(f"{path}: {error.strerror}") from None
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from None
 
@@ -339,9 +355,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         typed = [False]
     if not all(typed):
-        raise CheckpointError(f"{path / MANIFEST} is damaged: not a checkpoint's manifest")
+        raise Damaged(f"{path / MANIFEST} is damaged: not a checkpoint's manifest")
     if manifest.get(OWN_DIGEST, _digest(manifest)) != _digest(manifest):
-        raise CheckpointError(f"{path / MANIFEST} was altered: its SHA-256 is not its own")
+        raise Damaged(f"{path / MANIFEST} was altered: its SHA-256 is not its own")
     for name in manifest["files"]:
         if Path(name).name != name:
             raise CheckpointError(f"{path / MANIFEST} names a file outside its folder: {name!r}")

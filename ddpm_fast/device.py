@@ -29,5 +29,10 @@ def pick_device(name: str) -> torch.device:
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether an allocation failed, on CUDA or on the CPU, by torch, the driver or a library."""
-    said = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
+    said = (
+        "out of memory",
+        "ALLOC_FAILED",
+        "can't allocate memory",
+        "could not create a primitive",
+    )
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in said)

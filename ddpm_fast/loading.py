@@ -12,6 +12,7 @@ from ddpm_fast import checkpoint
 from ddpm_fast.checkpoint import CheckpointError
 from ddpm_fast.convert import original
 from ddpm_fast.diffusion.process import Diffusion
+from ddpm_fast.errors import UsageError
 from ddpm_fast.nn import config as nn_config
 from ddpm_fast.nn.config import UNetConfig
 from ddpm_fast.nn.unet import UNet
@@ -37,8 +38,8 @@ def load(
 ) -> UNet:
     """A trained net, in eval mode.
 
-    path     a run folder (its newest healthy checkpoint), a checkpoint folder or a file in it, or
-             a .pth of the original repository
+    path     a run folder (its newest healthy checkpoint), a checkpoint folder, or in it a file of
+             weights, which are loaded then; or a .pth of the original repository
     preset, config  one of them for a .pth, which does not say what net it is for
     ema      the averaged weights, those of one of extra_ema_decays, or else the trained ones
     raises   CheckpointError  missing, damaged, or of another architecture
@@ -73,7 +74,7 @@ def load_trained(
     saved = _read(path)
     if preset is not None or config is not None:
         raise ValueError(f"{path} says itself what net it is for: preset and config are for a .pth")
-    part = _part(saved, ema)
+    part = _part(saved, ema) if path.suffix != ".safetensors" else _part_named(path, ema)
     try:
         config = UNetConfig.from_json(saved.manifest["net"])
         proc = Diffusion(**saved.manifest["diffusion"])
@@ -94,6 +95,16 @@ def _part(saved: checkpoint.Checkpoint, ema: bool | float) -> str:
             f"{', '.join(kept)}; True is the run's first"
         )
     return part
+
+
+def _part_named(path: Path, ema: bool | float) -> str:
+    """The part that a file of a checkpoint holds."""
+    name = path.stem
+    if name == "optimizer":
+        raise UsageError(f"{path} holds no weights; allowed: model.safetensors, ema.safetensors")
+    if (ema is False and name != "model") or not isinstance(ema, bool):
+        raise UsageError(f"{path} and ema={ema}: give the checkpoint's folder to choose by ema")
+    return name
 
 
 def _read(path: Path) -> checkpoint.Checkpoint:

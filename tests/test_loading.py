@@ -78,6 +78,19 @@ def test_the_trained_weights_can_be_asked_for(tiny_run):
         assert torch.equal(tensor, saved.parts["model"][name])
 
 
+def test_a_file_of_weights_is_the_weights_in_it(tiny_run):
+    folder = tiny_run / "checkpoints" / "step_00000004"
+    saved = checkpoint.load(folder)
+    for name in ("model", "ema"):
+        net = df.load(folder / f"{name}.safetensors")
+        for key, tensor in net.state_dict().items():
+            assert torch.equal(tensor, saved.parts[name][key])
+    with pytest.raises(ValueError, match="optimizer.safetensors holds no weights; allowed: model"):
+        df.load(folder / "optimizer.safetensors")
+    with pytest.raises(ValueError, match="ema=False: give the checkpoint's folder to choose"):
+        df.load(folder / "ema.safetensors", ema=False)
+
+
 @pytest.fixture
 def run(tiny_run, tmp_path):
     """A run whose two checkpoints, of steps 3 and 4, may be damaged."""

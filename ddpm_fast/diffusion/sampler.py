@@ -309,12 +309,13 @@ def _pad(rows: Tensor, batch_size: int, ahead: int) -> Tensor:
 
 @contextmanager
 def _eval_mode(net: Callable[..., Tensor]) -> Iterator[None]:
-    """No dropout while sampling; the mode comes back afterwards."""
-    training = isinstance(net, nn.Module) and net.training
-    if training:
+    """No dropout while sampling; each module's mode comes back afterwards."""
+    modules = list(net.modules()) if isinstance(net, nn.Module) else []
+    modes = [module.training for module in modules]
+    if any(modes):
         net.eval()
     try:
         yield
     finally:
-        if training:
-            net.train()
+        for module, training in zip(modules, modes, strict=True):
+            module.training = training

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+from ddpm_fast.errors import UsageError
+
 IMPLS = ("auto", "fused", "reference")
 
 
@@ -25,5 +27,5 @@ def chosen_impl(impl: str) -> str:
         return impl
     default = os.environ.get("DDPM_FAST_IMPL", "auto")
     if default not in IMPLS:
-        raise ValueError(f"DDPM_FAST_IMPL={default!r} must be one of {', '.join(IMPLS)}")
+        raise UsageError(f"DDPM_FAST_IMPL={default!r} must be one of {', '.join(IMPLS)}")
     return default

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ddpm_fast.errors import UsageError
 from ddpm_fast.images import save_png
 
 RECORD = "samples.json"
+_LEFTOVER = re.compile(r"\.(\d{8}|grid)\.png\.\d+\.tmp|\.samples\.(npz|json)\.tmp")
 LAST_CHUNK = bytes(4) + b"IEND\xaeB`\x82"  # of every PNG: length, name, checksum
 
 
@@ -49,16 +51,15 @@ class SampleFolder:
     def __init__(self, path: Path, identity: dict[str, Any], *, first: bool = True) -> None:
         self.path = path
         path.mkdir(parents=True, exist_ok=True)
-        if first:
-            for leftover in path.glob(".*.tmp"):
-                leftover.unlink(missing_ok=True)
         record = path / RECORD
         if record.exists():
             # folders from before the precision was recorded were drawn in fp32
             self._check_same({"precision": "fp32", **_read_record(record)}, identity)
+            if first:
+                self._remove_leftovers()
             return
-        if any(path.glob("*.png")):
-            raise UsageError(f"{path} holds other images; give another --out")
+        if others := [p for p in path.glob("*.*") if p.suffix in (".png", ".gif", ".npz")]:
+            raise UsageError(f"{path} holds other images, {others[0].name}; give another --out")
         temporary = path / f".{RECORD}.tmp"
         temporary.write_text(json.dumps(identity, indent=1) + "\n")
         os.replace(temporary, record)
@@ -89,6 +90,12 @@ class SampleFolder:
             np.savez(file, arr_0=self.read(numbers))
         os.replace(temporary, path)
         return path
+
+    def _remove_leftovers(self) -> None:
+        """Of a process that was killed while it wrote; nobody else's hidden files."""
+        for path in self.path.glob(".*.tmp"):
+            if _LEFTOVER.fullmatch(path.name):
+                path.unlink(missing_ok=True)
 
     def _check_same(self, found: dict[str, Any], wanted: dict[str, Any]) -> None:
         for name, value in wanted.items():

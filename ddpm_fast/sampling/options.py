@@ -73,8 +73,8 @@ class SampleOptions:
                 raise ValueError(f"{name}={value} must be at least 1")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed} must be from 0 to 2**63 - 1")
-        if not self.timeout > 0:
-            raise ValueError(f"timeout={self.timeout} must be positive")
+        if not 0.1 <= self.timeout <= 1e7:
+            raise ValueError(f"timeout={self.timeout} must be from 0.1 to 1e7 seconds")
         if self.ema_decay is not None and not self.ema:
             raise ValueError(f"ema_decay={self.ema_decay} chooses an average, ema=False none")
         if not 0 <= self.eta <= 1:

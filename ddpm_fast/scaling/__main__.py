@@ -31,9 +31,12 @@ def _run(argv: Sequence[str]) -> int:
     from ddpm_fast.scaling import report
     from ddpm_fast.scaling.export import export
     from ddpm_fast.scaling.measure import measure
+    from ddpm_fast.scaling.result import JSON_NAME
 
     console = _console()
     folder = Path(options.out or f"runs/scaling-{time.strftime('%Y%m%d-%H%M%S')}")
+    if (folder / JSON_NAME).exists():
+        raise UsageError(f"--out {folder} holds a result already; give another folder")
     folder.mkdir(parents=True, exist_ok=True)  # a folder that cannot be had, before the work
     result = measure(options, console)
     report.show(result, console)

@@ -160,8 +160,8 @@ class TrainConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if self.batch_size_per_gpu is not None and self.batch_size_per_gpu < 1:
             raise ValueError(f"batch_size_per_gpu={self.batch_size_per_gpu} must be at least 1")
-        if not self.timeout > 0:
-            raise ValueError(f"timeout={self.timeout} must be positive")
+        if not 0.1 <= self.timeout <= 1e7:
+            raise ValueError(f"timeout={self.timeout} must be from 0.1 to 1e7 seconds")
         if not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"learning_rate={self.learning_rate} must be positive and finite")
         decays = (self.ema_decay, *self.extra_ema_decays)

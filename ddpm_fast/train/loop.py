@@ -297,6 +297,9 @@ class Run:
                 f"{saved.step} steps; allowed: {saved.step} or more"
             )
         restore(self.train_step, saved)
+        if self.world.is_chief:
+            for path in checkpoint.set_damaged_aside(saved.path):
+                say(f"the damaged checkpoint is now {path.name}")
         self.step = self.saving.saved_step = saved.step
         self.folder.forget_metrics_after(self.step)
         say(f"resumed after step {self.step} from {saved.path}")

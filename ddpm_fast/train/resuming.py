@@ -20,15 +20,14 @@ MAY_DIFFER = RESUMABLE | {"run_dir", "batch_size_per_gpu", "name"}
 
 def newest_checkpoint(folder: RunFolder, say: Callable[[str], None]) -> str | None:
     """The newest healthy one's folder; None if the run was stopped before its first.
-
-    Damaged ones past it get another name, and `say` hears of each.
     raises  CheckpointError  all are damaged, or there were some and they are gone
     """
     if checkpoint.steps_in(folder.checkpoints):
-        newest = checkpoint.load_newest(folder.checkpoints, lambda text: say(f"warning: {text}"))
-        for path in checkpoint.set_aside(folder.checkpoints, after=newest.step):
-            say(f"the damaged checkpoint is now {path.name}")
-        return str(newest.path)
+        return str(
+            checkpoint.load_newest(
+                folder.checkpoints, lambda text: say(f"warning: {text}")
+            ).path
+        )  # fmt: skip
     if folder.has_saved():
         raise CheckpointError(
             f"{folder.path} has saved checkpoints, as {folder.log_path.name} says, and "

@@ -33,10 +33,13 @@ def summarise(
         say(f"  speed        {images_per_s:.0f} img/s")
     if images.name == "digits" and not runs_interpreted(train_step.net.impl):
         distance = digits_distance(train_step, images)
-        say(
-            f"  Frechet distance {distance:.3f}  ({DIGITS_JUDGED} samples against the real digits, "
-            "8x8 area-averaged pixels in [-1, 1]; half of the digits against the other half: 0.15)"
+        judged = (
+            "none: the samples are not finite"
+            if distance is None
+            else f"{distance:.3f}  ({DIGITS_JUDGED} samples against the real digits, 8x8 "
+            "area-averaged pixels in [-1, 1]; half of the digits against the other half: 0.15)"
         )
+        say(f"  Frechet distance {judged}")
     grids = sorted(folder.samples.glob("step_*.png"))
     if grids:
         say(f"  samples      {grids[-1]}")
@@ -45,8 +48,11 @@ def summarise(
     say(f"  more images  python -m ddpm_fast.sample --checkpoint {folder.path} --num-images 64")
 
 
-def digits_distance(train_step: TrainStep, images: ImageSet) -> float:
-    """Frechet distance of DDIM-50 samples of the averaged net to the set, on 8x8 pixels."""
+def digits_distance(train_step: TrainStep, images: ImageSet) -> float | None:
+    """Frechet distance of DDIM-50 samples of the averaged net to the set, on 8x8 pixels.
+
+    None where they are not finite.
+    """
     classes = train_step.net.num_classes
     with train_step.autocast():
         samples = sample_images(
@@ -59,5 +65,7 @@ def digits_distance(train_step: TrainStep, images: ImageSet) -> float:
             seed=train_step.config.seed,
             first_index=JUDGED_FROM,
         )
+    if not samples.isfinite().all():
+        return None
     real = torch.from_numpy(images.images[:]).float() / 127.5 - 1
     return frechet_distance(area_features(samples), area_features(real))

@@ -173,13 +173,26 @@ def test_a_damaged_record_is_refused(draw, refused, tiny_run, text):
     assert "samples.json is damaged: give another --out" in refused(main, argv, 2)
 
 
-def test_a_folder_of_your_own_pictures_is_refused(tmp_path, refused, tiny_run, tree):
+@pytest.mark.parametrize("name", ["holiday.png", "denoising.gif", "samples.npz"])
+def test_a_folder_of_your_own_pictures_is_refused(tmp_path, refused, tiny_run, tree, name):
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "holiday.png").write_bytes(b"mine")
+    (tmp_path / "mine" / name).write_bytes(b"mine")
+    (tmp_path / "mine" / ".notes.tmp").write_bytes(b"mine")
     before = tree(tmp_path / "mine")
     argv = ["--checkpoint", tiny_run, "--out", tmp_path / "mine", "--steps", 3]
-    assert "holds other images" in refused(main, argv, 2)
+    assert f"holds other images, {name}" in refused(main, argv, 2)
     assert tree(tmp_path / "mine") == before
+
+
+def test_of_hidden_files_only_what_a_killed_process_left_is_removed(draw):
+    folder = draw()
+    left = {".00000004.png.77.tmp", ".grid.png.77.tmp", ".samples.npz.tmp"}
+    for name in (*left, ".notes.tmp", ".a.png.tmp"):
+        (folder / name).write_bytes(b"")
+    (folder / ".folder.tmp").mkdir()
+    draw()
+    hidden = {path.name for path in folder.iterdir() if path.name.startswith(".")}
+    assert hidden == {".notes.tmp", ".a.png.tmp", ".folder.tmp"}
 
 
 def test_the_grid_shows_the_images_in_order(draw):

@@ -163,6 +163,20 @@ def test_dropout_is_off_and_the_mode_comes_back(net, training):
         net.eval()
 
 
+def test_a_part_that_was_in_another_mode_is_so_again(net):
+    expected = draw(net)
+    part = next(iter(net.mid))
+    for whole in (True, False):
+        net.train(whole)
+        part.train(not whole)
+        modes = [module.training for module in net.modules()]
+        try:
+            assert torch.equal(draw(net), expected)
+            assert [module.training for module in net.modules()] == modes
+        finally:
+            net.eval()
+
+
 def test_the_mode_comes_back_after_an_error(net):
     net.train()
 

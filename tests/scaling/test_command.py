@@ -258,6 +258,9 @@ def test_the_demo_measures_predicts_and_exports(tmp_path):
         ("weak", 1), ("weak", 2), ("strong", 2)]  # fmt: skip
     assert all(len(row["window_images_per_s"]) == 5 for row in result["rows"])
     assert result["kind"] == "cpu-processes" and result["seconds"] < 180
+    out, err = run(*GLOO, "--gpus", "1", "--out", tmp_path).communicate(timeout=60)
+    assert err.strip().endswith("holds a result already; give another folder")
+    assert results.read(tmp_path) == result
 
 
 @pytest.mark.slow

@@ -133,6 +133,13 @@ def test_the_summary_says_loss_speed_distance_and_where_everything_is(tmp_path, 
     assert 20 < float(text.split("Frechet distance ")[1].split()[0]) < 50  # untrained: noise is 31
 
 
+def test_samples_that_are_not_finite_are_not_judged(tmp_path, train, capsys):
+    """A run may end with weights that overflow: its last words say so."""
+    flags = ("--learning-rate", 1e6, "--warmup-steps", 0, "--on-nan", "skip", "--iterations", 8)
+    assert train(tmp_path / "run", *flags, "--sample-every", 0) == 0
+    assert "Frechet distance none: the samples are not finite" in capsys.readouterr().out
+
+
 def test_images_that_are_not_the_digits_are_not_judged_as_digits(
     tmp_path, train, capsys, monkeypatch
 ):

@@ -338,6 +338,19 @@ def test_damaged_checkpoints_do_not_push_healthy_ones_out(tmp_path, train, resum
     assert left == {"step_00000005", "step_00000008", "step_00000012"} | damaged
 
 
+def test_a_checkpoint_that_another_version_wrote_keeps_its_name_and_so_does_one_that_goes_on(
+    tmp_path, train, resume, capsys
+):
+    run = tmp_path / "run"
+    assert train(run, *SHORT, "--iterations", 5) == 0
+    newer = run / "checkpoints" / "step_00000005" / "manifest.json"
+    newer.write_text(newer.read_text().replace('"format": 1', '"format": 2'))
+    (run / "checkpoints" / "step_00000004").rename(run / "checkpoints" / "step_00000003")
+    assert resume(run, "--checkpoint-every", 0, "--keep-checkpoints", 9) == 0
+    assert "resumed after step 4" in capsys.readouterr().out
+    assert not list(run.rglob("damaged_*"))
+
+
 @pytest.mark.skipif(os.name != "posix", reason="RLIMIT_FSIZE is POSIX's")
 @pytest.mark.faults
 def test_a_full_disk_ends_the_run_in_one_line_and_spares_the_checkpoint(
