@@ -218,11 +218,12 @@ RENAMED = {
     "batch": "batch-size",
 }
 
-# What may differ when a run goes on; all else would make it another run.
+# What may differ when a run goes on; all else would make it another run. Data may have moved: that
+# they are the same images, their digest says.
 RESUMABLE = frozenset({
-    "iterations", "data_root", "device", "compile", "force_compile", "cuda_graph", "deterministic",
-    "grad_accumulation", "recompute", "grad_compression", "timeout", "on_nan", "log_every",
-    "sample_every", "sample_images", "sample_steps", "checkpoint_every",
+    "iterations", "data", "data_root", "device", "compile", "force_compile", "cuda_graph",
+    "deterministic", "grad_accumulation", "recompute", "grad_compression", "timeout", "on_nan",
+    "log_every", "sample_every", "sample_images", "sample_steps", "checkpoint_every",
     "exact_checkpoints", "keep_checkpoints", "keep_every", "monitor", "tensorboard", "wandb",
 })  # fmt: skip
 

@@ -338,6 +338,26 @@ def test_damaged_checkpoints_do_not_push_healthy_ones_out(tmp_path, train, resum
     assert left == {"step_00000005", "step_00000008", "step_00000012"} | damaged
 
 
+def test_data_that_moved_are_found_by_their_new_path_and_others_are_refused(
+    tmp_path, train, train_until_killed, resume, refused, weights, tree
+):
+    import numpy as np
+
+    images = np.random.default_rng(0).integers(0, 256, (20, 16, 16), dtype=np.uint8)
+    np.save(tmp_path / "a.npy", images)
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert train(whole, *SHORT, "--data", tmp_path / "a.npy") == 0
+    train_until_killed(10, run, *SHORT, "--data", tmp_path / "a.npy")
+    (tmp_path / "a.npy").rename(tmp_path / "b.npy")
+    np.save(tmp_path / "c.npy", 255 - images)
+    before = tree(run / "checkpoints")
+    message = refused(main, ["--resume", run, "--data", tmp_path / "c.npy"], 1)
+    assert "it is of another run: the data's " in message and tree(run / "checkpoints") == before
+    assert resume(run, "--data", tmp_path / "b.npy") == 0
+    assert weights(run, 12) == weights(whole, 12)
+    assert json.loads((run / "config.json").read_text())["data"] == str(tmp_path / "b.npy")
+
+
 def test_a_checkpoint_that_another_version_wrote_keeps_its_name_and_so_does_one_that_goes_on(
     tmp_path, train, resume, capsys
 ):
