@@ -37,7 +37,9 @@ class UNet(nn.Module):
 
     In training mode with dropout, masks are functions of the int64 buffer `rng` = [seed, step,
     first_index]. Every such forward advances its step, so an ordinary training loop needs no
-    care; a trainer that wants exact resume writes the buffer before each forward.
+    care; a trainer that wants exact resume writes the buffer before each forward. Under plain DDP
+    each rank keeps its own: seed torch by the rank before the net is made. torch.utils.checkpoint
+    around the net would draw other masks in its second pass: use `recompute`.
 
     How it runs, not what it is, and so not part of `config`:
     impl       of its norms and attentions: "auto", "fused" (our kernels or an error), "reference"
@@ -108,6 +110,8 @@ class UNet(nn.Module):
         self._build(config)
         rng = torch.tensor([torch.initial_seed() % 2**63, 0, 0], dtype=torch.int64)
         self.register_buffer("rng", rng, persistent=False)
+        # DDP gives all ranks rank 0's buffers, and with this one its dropout masks.
+        self._ddp_params_and_buffers_to_ignore = ["rng"]
         if config.init == "zero":
             self._zero_last_convs()
 

@@ -74,7 +74,8 @@ def _draw(options: SampleOptions, device: torch.device, world: World) -> None:
     drawn = sum(world.gather(own))
     seconds = time.perf_counter() - start
     console.print(
-        f"{drawn:.0f} images drawn in {seconds:.1f} s, {options.num_images} in {folder.path}"
+        f"{drawn:.0f} images drawn in {seconds:.1f} s, {options.num_images} in {folder.path}",
+        markup=False,
     )
     if world.is_chief:
         _write_extras(options, trained, folder, sampler, console)
@@ -235,13 +236,14 @@ def _write_extras(
         page = folder.read(range(min(options.num_images, ON_A_PAGE)))
         path = folder.path / "grid.png"
         save_png(path, grid(page, scale=grid_scale(page.shape[1])))
-        console.print(f"grid         {path}")
+        console.print(f"grid         {path}", markup=False)
     if options.gif:
         path = folder.path / "denoising.gif"
         save_gif(path, _denoising(options, trained, sampler))
-        console.print(f"animation    {path}")
+        console.print(f"animation    {path}", markup=False)
     if options.npz:
-        console.print(f"array        {folder.write_npz(range(options.num_images))}")
+        path = folder.write_npz(range(options.num_images))
+        console.print(f"array        {path}", markup=False)
 
 
 def _denoising(options: SampleOptions, trained: Trained, sampler: Sampler) -> list[np.ndarray]:

@@ -92,6 +92,28 @@ def test_a_run_resumed_on_another_number_of_ranks_ends_alike(
     assert_same_run(run, one_rank)
 
 
+PLAIN_DDP = """
+import torch, torch.distributed as dist
+import ddpm_fast as df
+
+dist.init_process_group("gloo")
+torch.manual_seed(dist.get_rank() + 5)
+net = df.UNet(img_channels=1, base_channels=8, channel_mults=(1,), num_res_blocks=1,
+              time_emb_dim=8, num_groups=4, attention_resolutions=(), dropout=0.5)
+shared = torch.nn.parallel.DistributedDataParallel(net)
+for _ in range(3):
+    shared(torch.zeros(2, 1, 8, 8), torch.tensor([1, 2])).sum().backward()
+print("rng", *net.rng.tolist())
+dist.destroy_process_group()
+"""
+
+
+def test_in_a_loop_of_ones_own_each_rank_keeps_its_dropout_masks(run_ranks, tmp_path):
+    (tmp_path / "plain.py").write_text(PLAIN_DDP)
+    output = run_ranks(2, tmp_path / "plain.py")
+    assert "rng 5 3 0" in output and "rng 6 3 0" in output
+
+
 def test_what_the_ranks_cannot_do_is_refused(run_ranks, tmp_path, tiny):
     for flags, told in [
         (
