@@ -157,19 +157,20 @@ def set_damaged_aside(newest: Path) -> list[Path]:
     folder = newest.parent
     folders, places = _folders(folder), []
     after = next(step for step, path in folders.items() if path == newest)
-    for step in sorted(step for step in folders if step > after):
-        try:
-            load(folders[step])
-            continue
-        except Damaged:
-            pass
-        except CheckpointError:
-            continue
+    for step in sorted(step for step in folders if step > after and _is_damaged(folders[step])):
         name = f"damaged_step_{step:08d}"
         free = (folder / f"{name}{f'.{n}' if n else ''}" for n in itertools.count())
         places.append(next(place for place in free if not place.exists()))
         os.replace(folders[step], places[-1])
     return places
+
+
+def _is_damaged(path: Path) -> bool:
+    try:
+        load(path)
+    except CheckpointError as error:
+        return isinstance(error, Damaged)
+    return False
 
 
 def average_part(decay: float | None) -> str:

@@ -12,6 +12,8 @@ import ddpm_fast
 from ddpm_fast.train.__main__ import main
 from ddpm_fast.train.step import TrainStep
 
+SHORT = ("--iterations", 12, "--checkpoint-every", 4, "--log-every", 3, "--sample-every", 0)
+
 
 @pytest.fixture(autouse=True)
 def _one_thread(one_thread):
@@ -128,3 +130,9 @@ def rows():
         return [tuple(repr(json.loads(line)[name]) for name in names) for line in lines]
 
     return read
+
+
+@pytest.fixture(scope="session")
+def whole(train_tiny):
+    """The short run that nothing disturbed; not to be written to."""
+    return train_tiny(*SHORT)

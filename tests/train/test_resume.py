@@ -18,10 +18,10 @@ from ddpm_fast.data.read_ahead import ReadAhead
 from ddpm_fast.train import loop, stopping
 from ddpm_fast.train.__main__ import main
 from ddpm_fast.train.run_folder import RunFolder
+from tests.train.conftest import SHORT
 
 FLAGS = ("--iterations", 120, "--checkpoint-every", 20, "--log-every", 7, "--sample-every", 0,
          "--dropout", 0.1)  # fmt: skip
-SHORT = ("--iterations", 12, "--checkpoint-every", 4, "--log-every", 3, "--sample-every", 0)
 VARIANTS = {
     "dropout": ("--dropout", 0.1),
     "adam, labels, flips": ("--optimizer", "adam", "--use-labels", "--flip", "on"),
@@ -47,12 +47,6 @@ def uninterrupted(train_tiny):
 @pytest.fixture
 def two_threads(one_thread):
     torch.set_num_threads(2)
-
-
-@pytest.fixture(scope="module")
-def whole(train_tiny):
-    """The short run that nothing disturbed."""
-    return train_tiny(*SHORT)
 
 
 @pytest.mark.faults
@@ -305,39 +299,6 @@ def test_a_flag_that_would_make_it_another_run_is_refused(tiny_run, refused, tre
     assert tree(tiny_run) == before
 
 
-@pytest.mark.faults
-def test_resume_goes_back_past_a_damaged_checkpoint_and_still_ends_bitwise(
-    tmp_path, whole, train, train_until_killed, resume, weights, capsys
-):
-    train_until_killed(10, tmp_path / "cut", *SHORT)
-    damaged = tmp_path / "cut" / "checkpoints" / "step_00000008" / "ema.safetensors"
-    data = bytearray(damaged.read_bytes())
-    data[-1] ^= 1
-    damaged.write_bytes(data)
-    assert resume(tmp_path / "cut") == 0
-    out = capsys.readouterr().out
-    assert f"skipped a damaged checkpoint: {damaged} was altered" in out
-    assert "resumed after step 4" in out
-    assert "the damaged checkpoint is now damaged_step_00000008\n" in out
-    assert (damaged.parents[1] / "damaged_step_00000008" / "ema.safetensors").read_bytes() == data
-    assert weights(tmp_path / "cut", 12) == weights(whole, 12)
-
-
-@pytest.mark.faults
-def test_damaged_checkpoints_do_not_push_healthy_ones_out(tmp_path, train, resume, tree):
-    """Of steps that the resumed run does not meet again, as after a stop or a slow write."""
-    run = tmp_path / "run"
-    assert train(run, *SHORT, "--iterations", 5) == 0  # 4 and 5
-    for _ in range(2):
-        for path in (run / "checkpoints" / "step_00000005").iterdir():
-            path.write_bytes(path.read_bytes()[:10])
-        assert resume(run) == 0
-    assert resume(run, "--iterations", 12, "--keep-checkpoints", 3) == 0
-    left = {path.name for path in (run / "checkpoints").iterdir()}
-    damaged = {"damaged_step_00000005", "damaged_step_00000005.1"}
-    assert left == {"step_00000005", "step_00000008", "step_00000012"} | damaged
-
-
 def test_data_that_moved_are_found_by_their_new_path_and_others_are_refused(
     tmp_path, train, train_until_killed, resume, refused, weights, tree
 ):
@@ -356,19 +317,6 @@ def test_data_that_moved_are_found_by_their_new_path_and_others_are_refused(
     assert resume(run, "--data", tmp_path / "b.npy") == 0
     assert weights(run, 12) == weights(whole, 12)
     assert json.loads((run / "config.json").read_text())["data"] == str(tmp_path / "b.npy")
-
-
-def test_a_checkpoint_that_another_version_wrote_keeps_its_name_and_so_does_one_that_goes_on(
-    tmp_path, train, resume, capsys
-):
-    run = tmp_path / "run"
-    assert train(run, *SHORT, "--iterations", 5) == 0
-    newer = run / "checkpoints" / "step_00000005" / "manifest.json"
-    newer.write_text(newer.read_text().replace('"format": 1', '"format": 2'))
-    (run / "checkpoints" / "step_00000004").rename(run / "checkpoints" / "step_00000003")
-    assert resume(run, "--checkpoint-every", 0, "--keep-checkpoints", 9) == 0
-    assert "resumed after step 4" in capsys.readouterr().out
-    assert not list(run.rglob("damaged_*"))
 
 
 @pytest.mark.skipif(os.name != "posix", reason="RLIMIT_FSIZE is POSIX's")

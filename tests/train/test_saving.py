@@ -1,10 +1,11 @@
 """When a run's checkpoints are begun: no step waits for the disk, and none is left out for good."""
 
 import json
+import os
 import threading
+import time
 
 import pytest
-import torch
 
 from ddpm_fast import checkpoint
 from ddpm_fast.train.__main__ import main
@@ -134,9 +135,15 @@ def test_exact_checkpoints_have_a_step_wait_and_say_so_once(
 
 
 def test_the_stall_of_a_checkpoint_is_its_copy(tmp_path, train, monkeypatch):
-    """Logged as seconds: on the CPU a copy of a tiny state, whatever the disk takes."""
+    """Logged as seconds: of a tiny state a few ms, where a write takes over half a second."""
+
+    def slow_fsync(descriptor):
+        time.sleep(0.1)
+        fsync(descriptor)
+
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", slow_fsync)
     assert train("--checkpoint-every", 2) == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     stalls_s = [row["checkpoint_stall_s"] for row in rows if "checkpoint_stall_s" in row]
-    assert stalls_s and 0 < min(stalls_s) < 0.1
-    assert torch.isfinite(torch.tensor(stalls_s)).all()
+    assert stalls_s and min(stalls_s) > 0 and max(stalls_s) < 0.3
