@@ -13,7 +13,7 @@ from torch.optim.adamw import adamw
 
 from ddpm_fast.ema import move_averages
 from ddpm_fast.kernels.adamw_ema_launch import Numbers, Tables
-from ddpm_fast.kernels.impl import chosen_impl
+from ddpm_fast.kernels.impl import chosen_impl, refuse_fused
 from ddpm_fast.kernels.target import why_not_fused
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -166,7 +166,7 @@ class FusedAdamW(torch.optim.AdamW):
         impl, device_type = chosen_impl(self._impl), self._outcome.device.type
         why = why_not_fused(device_type)
         if impl == "fused" and why is not None:
-            raise RuntimeError(f'impl="fused": {why}')
+            refuse_fused(self._impl, why)
         if impl == "auto" and device_type == "cuda" and why is not None:
             warnings.warn(f"FusedAdamW runs torch's kernels: {why}", RuntimeWarning, stacklevel=3)
         return impl == "fused" or (impl == "auto" and device_type == "cuda" and why is None)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ddpm_fast.kernels.adamw_ema_launch import Numbers, Tables
+from ddpm_fast.kernels.impl import refuse_fused
 from ddpm_fast.kernels.spec import Case, Inputs, KernelSpec
 from ddpm_fast.kernels.target import why_not_fused
 
@@ -87,7 +88,7 @@ def fused(
     """
     why = why_not_fused(weights.device.type)
     if why is not None:
-        raise RuntimeError(f'impl="fused": {why}')
+        refuse_fused("fused", why)
     buffers = (weights, grads, exp_avg, exp_avg_sq, steps, lr, *emas.unbind())
     addresses = tuple(t.data_ptr() for t in buffers)
     tables = _tables(addresses, sizes, numbers, weights.device)

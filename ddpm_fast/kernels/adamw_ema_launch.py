@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ddpm_fast.kernels.target import arch_of, on_device_of
+from ddpm_fast.kernels.target import arch_of, device_name_of, on_device_of
 
 SPARE_ROWS = 2  # captures with no step of their own between them
 
@@ -46,7 +46,7 @@ class Tables:
 
         device = outcome.device
         self.sizes, self.num_emas, self.outcome = tuple(sizes), num_emas, outcome
-        self.numbers = kernels.numbers(arch_of(device))
+        self.numbers = kernels.numbers(arch_of(device), device_name_of(device))
         chunk = self.numbers["CHUNK"]
         chunks = [(i, at) for i, size in enumerate(sizes) for at in range(0, size, chunk)]
         self.num_chunks, self.columns = len(chunks), kernels.EMA.value + num_emas
@@ -110,7 +110,7 @@ class Tables:
                 self.coefficients, self.outcome, self.num_chunks, len(self.sizes), float(max_norm),
                 COLUMNS=self.columns, SKIP_NONFINITE=skip_nonfinite,
                 HAS_REFUSED=refused is not None, BLOCK=kernels.OUTCOME_BLOCK,
-                num_warps=kernels.OUTCOME_WARPS,
+                num_warps=kernels.OUTCOME_WARPS, num_stages=kernels.NUM_STAGES,
             )  # fmt: skip
             if self.num_chunks:
                 kernels.update_kernel[(self.num_chunks,)](

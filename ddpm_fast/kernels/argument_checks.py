@@ -42,6 +42,11 @@ def is_integer(value: object) -> bool:
     return isinstance(value, _INTEGERS) and not isinstance(value, bool)
 
 
+def check_integer(name: str, value: object) -> None:
+    if not is_integer(value):
+        raise ValueError(f"{given(name, value)} must be an int")
+
+
 def check_word(name: str, word: str, allowed: Sequence[str]) -> None:
     if word not in allowed:
         raise ValueError(f"{name}={word!r} must be one of {', '.join(allowed)}")

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ddpm_fast.kernels.argument_checks import check_integer, check_number, check_tensor
 from ddpm_fast.kernels.attention_launch import (
     backward_output,
     forward_outputs,
@@ -27,7 +28,7 @@ from ddpm_fast.kernels.attention_launch import (
     launch_forward,
 )
 from ddpm_fast.kernels.autocast import kept_in
-from ddpm_fast.kernels.impl import chosen_impl
+from ddpm_fast.kernels.impl import chosen_impl, refuse_fused
 from ddpm_fast.kernels.spec import Case, Inputs, KernelSpec, Launch
 from ddpm_fast.kernels.target import arch_of, why_no_triton, why_not_fused
 
@@ -83,7 +84,7 @@ def attention(
     """
     head_dim = _check(qkv, num_heads, scale)
     scale = head_dim**-0.5 if scale is None else float(scale)
-    path = _path(chosen_impl(impl), qkv, head_dim)
+    path = _path(impl, qkv, head_dim)
     if path == "sdpa":
         return sdpa(qkv, num_heads, scale)
     if path == "reference":
@@ -162,6 +163,7 @@ def _image(o: Tensor, h: int, w: int) -> Tensor:
 
 def _check(qkv: Tensor, num_heads: int, scale: float | None) -> int:
     """The head size."""
+    check_tensor("qkv", qkv, "(N, 3C, H, W)")
     if qkv.dim() != 4:
         raise ValueError(f"qkv has shape {tuple(qkv.shape)}, must be (N, 3C, H, W)")
     if qkv.dtype not in (*DTYPES, torch.float64):
@@ -169,40 +171,42 @@ def _check(qkv: Tensor, num_heads: int, scale: float | None) -> int:
     channels = qkv.shape[1] // 3
     if channels == 0 or qkv.shape[1] % 3:
         raise ValueError(f"qkv has {qkv.shape[1]} channels, must be 3C: blocks q, k, v of C >= 1")
+    check_integer("num_heads", num_heads)
     if num_heads < 1 or channels % num_heads:
         raise ValueError(f"num_heads={num_heads} must divide C={channels}, a third of qkv's")
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"scale={scale} must be finite")
+    if scale is not None:
+        check_number("scale", scale, "finite")
+        if not math.isfinite(scale):
+            raise ValueError(f"scale={scale} must be finite")
     return channels // num_heads
 
 
 def _path(impl: str, qkv: Tensor, head_dim: int) -> str:
-    """ "triton", "sdpa" or "reference"; raises for a "fused" that cannot be."""
+    """ "triton", "sdpa" or "reference"; FusedError for a "fused" that cannot be."""
     tokens = qkv.shape[2] * qkv.shape[3]
     needs_grad = qkv.requires_grad and torch.is_grad_enabled()
-    if impl == "reference":
-        return impl
-    if impl == "auto":
+    chosen = chosen_impl(impl)
+    if chosen == "reference":
+        return chosen
+    if chosen == "auto":
         if qkv.device.type != "cuda":
             return "sdpa"
         kinds = {"dtype": qkv.dtype, "arch": arch_of(qkv.device)}
         return choose(tokens, head_dim, needs_grad, "cuda", **kinds)[0]
     if head_dim not in HEAD_DIMS:
         allowed = ", ".join(map(str, HEAD_DIMS))
-        raise ValueError(
-            f'impl="fused": head size C / num_heads = {head_dim} must be one of {allowed}'
-        )
+        refuse_fused(impl, f"head size C / num_heads = {head_dim} must be one of {allowed}")
     if qkv.dtype not in DTYPES:
-        raise ValueError(f'impl="fused": qkv has dtype {qkv.dtype}, must be 32 or 16 bits')
+        refuse_fused(impl, f"qkv has dtype {qkv.dtype}, must be 32 or 16 bits")
     most = LARGEST_BACKWARD.get((head_dim, qkv.dtype.itemsize), math.inf)
     if needs_grad and tokens > most:
-        raise ValueError(
-            f'impl="fused": the backward pass of {tokens} tokens at head size {head_dim} in'
-            f" {qkv.dtype} would spill registers, at most {most} tokens; use more heads or"
-            ' impl="auto"'
+        refuse_fused(
+            impl,
+            f"the backward pass of {tokens} tokens at head size {head_dim} in {qkv.dtype} would"
+            f' spill registers, at most {most} tokens; use more heads or impl="auto"',
         )
     if why := why_not_fused(qkv.device.type):
-        raise RuntimeError(f'impl="fused": {why}')
+        refuse_fused(impl, why)
     return "triton"
 
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ddpm_fast.kernels.target import arch_of, on_device_of
+from ddpm_fast.kernels.target import arch_of, device_name_of, on_device_of
 
 LOG2_E = math.log2(math.e)
 
@@ -76,7 +76,8 @@ def _run(name: str, qkv: Tensor, num_heads: int, *arguments: Tensor | int | floa
 
     n, packed, h, w = qkv.shape
     kernel, tokens, head_dim = kernels.KERNELS[name], h * w, packed // 3 // num_heads
-    numbers = kernels.tile(name, tokens, head_dim, qkv.dtype.itemsize, arch_of(qkv.device))
+    target = (arch_of(qkv.device), device_name_of(qkv.device))
+    numbers = kernels.tile(name, tokens, head_dim, qkv.dtype.itemsize, *target)
     # A program: BLOCK_N keys in kv.backward, else BLOCK_M queries.
     rows = numbers["BLOCK_N" if name == "kv.backward" else "BLOCK_M"]
     kernel[(n * num_heads * -(-tokens // rows),)](

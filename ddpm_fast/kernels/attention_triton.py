@@ -245,16 +245,18 @@ TILES = {
 }  # fmt: skip
 
 
-def tile(kernel: str, tokens: int, head_dim: int, itemsize: int, arch: int) -> dict[str, int]:
+def tile(
+    kernel: str, tokens: int, head_dim: int, itemsize: int, arch: int, device_name: str = ""
+) -> dict[str, int]:
     """BLOCK_M, BLOCK_N, num_warps, num_stages; of launch_table.json if it has a row.
 
-    kernel    a key of TILES, or "backward" for the one-program kernel
-    itemsize  bytes of a number: 4 multiplies without tensor cores, so tiles are the smallest
-    arch      80, 90, 100
+    kernel             a key of TILES, or "backward" for the one-program kernel
+    itemsize           bytes of a number: 4 multiplies without tensor cores, so the smallest tiles
+    arch, device_name  such as 90, "NVIDIA H200"
     """
     if itemsize == 4:
         return _named(16, 16, 4 if head_dim <= 64 else 8, 1)
-    row = lookup(f"attention.{kernel}", f"t{tokens} d{head_dim}", arch)
+    row = lookup(f"attention.{kernel}", f"t{tokens} d{head_dim}", arch, device_name)
     if row is not None:
         return row
     if tokens > SHORT:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_fast.kernels.impl import chosen_impl
+from ddpm_fast.kernels.impl import chosen_impl, refuse_fused
 
 BUILD_COMMAND = "pip install -e ."
 CUDA_BUILD_COMMAND = "DDPM_FAST_CUDA=1 pip install -e ."
@@ -66,15 +66,15 @@ def why_missing(device_type: str = "cpu") -> str | None:
 
 
 def use_extension(impl: str, device: torch.device) -> bool:
-    """Whether `impl` means the extension on this device; RuntimeError for a "fused" it lacks."""
-    impl = chosen_impl(impl)
-    if impl == "reference":
+    """Whether `impl` means the extension on this device; FusedError for a "fused" it lacks."""
+    chosen = chosen_impl(impl)
+    if chosen == "reference":
         return False
     why = why_missing(device.type)
     if why is None:
         return True
-    if impl == "fused":
-        raise RuntimeError(f'impl="fused": {why}')
+    if chosen == "fused":
+        refuse_fused(impl, why)
     # Of a meta tensor nobody expects values; dynamo cannot trace a warning
     if device.type != "meta" and not torch.compiler.is_compiling():
         message = f"ddpm_fast runs its plain-torch reference: {why}"
@@ -138,7 +138,7 @@ def may_launch(*tensors: Tensor | None) -> bool:
 
 
 def runs_fused(impl: str, device: torch.device, what: str, *dtypes: torch.dtype) -> bool:
-    """As use_extension, for ops that have no fp64: ValueError for a "fused" one.
+    """As use_extension, for ops that have no fp64.
 
     what  names whose the dtypes are
     """
@@ -147,7 +147,7 @@ def runs_fused(impl: str, device: torch.device, what: str, *dtypes: torch.dtype)
         return fused
     if chosen_impl(impl) == "fused":
         allowed = "torch.float32, torch.float16, torch.bfloat16"
-        raise ValueError(f'{what} is float64, impl="fused" takes {allowed}')
+        refuse_fused(impl, f"{what} is float64, must be {allowed}")
     return False
 
 

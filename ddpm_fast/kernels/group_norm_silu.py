@@ -22,6 +22,12 @@ from torch import Tensor
 
 from ddpm_fast.kernels import dropout as dropout_kernel
 from ddpm_fast.kernels.autocast import autocast_dtype
+from ddpm_fast.kernels.group_norm_silu_checks import (
+    check_dropout,
+    check_norm,
+    check_optional,
+    check_tensors,
+)
 from ddpm_fast.kernels.group_norm_silu_launch import (
     Optional,
     backward_outputs,
@@ -30,7 +36,7 @@ from ddpm_fast.kernels.group_norm_silu_launch import (
     launch_backward,
     launch_forward,
 )
-from ddpm_fast.kernels.impl import chosen_impl
+from ddpm_fast.kernels.impl import chosen_impl, refuse_fused
 from ddpm_fast.kernels.spec import Case, Inputs, KernelSpec
 from ddpm_fast.kernels.target import why_no_triton, why_not_fused
 
@@ -115,14 +121,15 @@ def group_norm_silu(
 
     Under autocast, fp32 x, residual and concat are cast to its dtype, in which y comes out.
     """
+    check_tensors(x, weight, bias, scale, shift, add, residual, concat, rng)
     if dtype := autocast_dtype(x.device.type):
         x, residual, concat = (
             t.to(dtype) if t is not None and t.dtype == torch.float32 else t
             for t in (x, residual, concat)
         )
-    _check(x, weight, bias, num_groups, activation)
-    _check_dropout(x, dropout, rng, stream)
-    _check_optional(x, weight.shape[0], scale, shift, add, residual, concat)
+    check_norm(x, weight, bias, num_groups, eps, activation)
+    check_dropout(x, dropout, rng, stream)
+    check_optional(x, weight.shape[0], scale, shift, add, residual, concat)
     threshold = dropout_kernel.threshold_of(dropout)
     if not runs_fused(impl, x):
         return reference(
@@ -141,95 +148,32 @@ def group_norm_silu(
 
 
 def runs_fused(impl: str, x: Tensor) -> bool:
-    """Whether `impl` means the Triton kernels for x; RuntimeError for a "fused" that cannot run."""
-    impl = chosen_impl(impl)
-    if impl == "auto":
+    """Whether `impl` means the Triton kernels for x; FusedError for a "fused" that cannot run."""
+    chosen = chosen_impl(impl)
+    if chosen == "auto":
         wanted = x.device.type == "cuda" and x.dtype in DTYPES
         why = why_no_triton() if wanted else None
         if why is not None and not torch.compiler.is_compiling():  # dynamo cannot trace a warning
             message = f"group_norm_silu runs its plain-torch reference: {why}"
             warnings.warn(message, RuntimeWarning, stacklevel=3)
         return wanted and why is None
-    if impl == "fused":
+    if chosen == "fused":
         why = why_not_fused(x.device.type)
         if why is not None:
-            raise RuntimeError(f'impl="fused": {why}')
+            refuse_fused(impl, why)
         if x.dtype not in DTYPES:
-            allowed = ", ".join(map(str, DTYPES))
-            raise ValueError(f'x is {x.dtype}, impl="fused" takes {allowed}')
-    return impl == "fused"
-
-
-def _check(
-    x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, activation: str | None
-) -> None:
-    if x.ndim != 4:
-        raise ValueError(f"x has shape {tuple(x.shape)}, must be (N, C, H, W)")
-    if not x.is_floating_point():
-        raise ValueError(f"x is {x.dtype}, must be floating point")
-    if weight.ndim != 1 or weight.shape != bias.shape:
-        shapes = f"{tuple(weight.shape)} and {tuple(bias.shape)}"
-        raise ValueError(f"weight and bias have shapes {shapes}, must both be (C,)")
-    if num_groups < 1 or weight.shape[0] % num_groups:
-        raise ValueError(f"num_groups={num_groups} must divide channels={weight.shape[0]}")
-    if activation not in ("silu", None):
-        raise ValueError(f"activation={activation!r} must be 'silu' or None")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}, must be on x's device {x.device}")
-
-
-def _check_dropout(x: Tensor, p: float, rng: Optional, stream: int) -> None:
-    if not 0 <= p < 1:
-        raise ValueError(f"dropout={p} must be in [0, 1)")
-    if not 0 <= stream < 2**32:
-        raise ValueError(f"stream={stream} must satisfy 0 <= stream < 2**32")
-    if p and (
-        rng is None or rng.dtype != torch.int64 or rng.shape != (3,) or not rng.is_contiguous()
-    ):
-        given = "None" if rng is None else f"{rng.dtype} {tuple(rng.shape)}, strides {rng.stride()}"
-        raise ValueError(
-            f"rng is {given}, dropout needs int64 (3,), contiguous: [seed, step, first_index]"
-        )
-    if rng is not None and rng.device != x.device:
-        raise ValueError(f"rng is on {rng.device}, must be on x's device {x.device}")
-
-
-def _check_optional(
-    x: Tensor, channels: int, scale: Optional, shift: Optional, add: Optional, residual: Optional,
-    concat: Optional,
-) -> None:  # fmt: skip
-    n, c1 = x.shape[:2]
-    c2 = 0
-    if concat is not None:
-        if concat.ndim != 4 or (n, *concat.shape[2:]) != (concat.shape[0], *x.shape[2:]):
-            raise ValueError(
-                f"concat has shape {tuple(concat.shape)}, must be (N, C2, H, W) beside {x.shape}"
-            )
-        c2 = concat.shape[1]
-    if channels != c1 + c2:
-        raise ValueError(f"weight has {channels} channels, must have x's and concat's: {c1 + c2}")
-    if residual is not None and residual.shape != x.shape:
-        raise ValueError(f"residual has shape {tuple(residual.shape)}, must be {tuple(x.shape)}")
-    for name, tensor in (("scale", scale), ("shift", shift), ("add", add)):
-        if tensor is not None and tensor.shape != (n, channels):
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, must be {(n, channels)}")
-    for name, tensor in (("residual", residual), ("concat", concat)):
-        if tensor is not None and tensor.dtype != x.dtype:
-            raise ValueError(f"{name} is {tensor.dtype}, must be of x's dtype {x.dtype}")
-    named = zip(("scale", "shift", "add", "residual", "concat"),
-                (scale, shift, add, residual, concat), strict=True)  # fmt: skip
-    for name, tensor in named:
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}, must be on x's device {x.device}")
+            refuse_fused(impl, f"x is {x.dtype}, must be {', '.join(map(str, DTYPES))}")
+    return chosen == "fused"
 
 
 def parameter_grads(
     sums: Tensor, weight: Tensor, bias: Tensor, scale: Optional
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dweight (C,), dbias (C,), dscale (N, C), dshift (N, C) from S1, S2 (2, N, C)."""
-    dscale = weight.float() * sums[0] + bias.float() * sums[1]
-    scaled = sums if scale is None else sums * (1 + scale.float())
+) -> tuple[Tensor, Tensor, Optional, Tensor]:
+    """dweight (C,), dbias (C,), dscale (N, C) of a scale, dshift (N, C) from S1, S2 (2, N, C)."""
+    dscale, scaled = None, sums
+    if scale is not None:
+        dscale = weight.float() * sums[0] + bias.float() * sums[1]
+        scaled = sums * (1 + scale.float())
     dweight, dbias = scaled.sum(1).unbind(0)  # one reduction, in a fixed order
     return dweight, dbias, dscale, sums[1]
 

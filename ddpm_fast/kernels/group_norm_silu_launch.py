@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ddpm_fast.kernels import dropout as dropout_kernel
-from ddpm_fast.kernels.group_norm_silu_plan import Plan, make_plan
-from ddpm_fast.kernels.target import arch_of, on_device_of
+from ddpm_fast.kernels.group_norm_silu_plan import NUM_STAGES, Plan, make_plan
+from ddpm_fast.kernels.target import arch_of, device_name_of, on_device_of
 
 Optional = Tensor | None
 
@@ -132,7 +132,8 @@ def _plan(
 ) -> Plan:
     return make_plan(
         direction, n, c, hw, num_groups,
-        itemsize=x.element_size(), arch=arch_of(x.device), dropout=dropout,
+        itemsize=x.element_size(), arch=arch_of(x.device), device_name=device_name_of(x.device),
+        dropout=dropout,
     )  # fmt: skip
 
 
@@ -144,7 +145,8 @@ def _flags(
     return {
         **plan.constexprs(), "C1": c1, "C2": c2, "HW": hw, "NHWC": nhwc,
         "HAS_CONCAT": concat is not None, "HAS_ADD": add is not None,
-        "num_warps": plan.num_warps, "maxnreg": plan.max_registers if nhwc else None,
+        "num_warps": plan.num_warps, "num_stages": NUM_STAGES,
+        "maxnreg": plan.max_registers if nhwc else None,
     }  # fmt: skip
 
 

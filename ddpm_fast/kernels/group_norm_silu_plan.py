@@ -22,6 +22,7 @@ CHANNELS_READ_AGAIN = {"forward": (64,), "backward": (32, 64)}
 # would, and so does Triton 3.9 on sm_100. Speed: not yet measured.
 REGISTERS_READ_AGAIN = 128
 MOST_PER_THREAD = 64
+NUM_STAGES = 1  # loops without products: nothing to prefetch by
 SECTOR_BYTES = 32
 # Few images: cut positions into ranges until there are two programs for each of 132 SMs.
 PROGRAMS = 264
@@ -50,7 +51,7 @@ class Plan:
 
 def make_plan(
     direction: str, n: int, c: int, hw: int, num_groups: int, *, itemsize: int, arch: int,
-    dropout: bool = False,
+    device_name: str = "", dropout: bool = False,
 ) -> Plan:  # fmt: skip
     """The launch of "forward" or "backward" for N images of C channels and HW positions.
 
@@ -58,7 +59,7 @@ def make_plan(
     """
     cpg = c // num_groups
     shape = shape_class(c, hw, num_groups, itemsize=itemsize, dropout=dropout)
-    row = lookup(f"group_norm_silu.{direction}", shape, arch)
+    row = lookup(f"group_norm_silu.{direction}", shape, arch, device_name)
     if row is not None and _fits(row, cpg, num_groups):
         groups, block_hw, warps = row["GROUPS"], row["BLOCK_HW"], row["num_warps"]
     else:

@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 import os
+from typing import NoReturn
 
 from ddpm_fast.errors import UsageError
 
 IMPLS = ("auto", "fused", "reference")
+
+
+class FusedError(UsageError, RuntimeError):
+    """impl="fused" where our kernels cannot run; a command, whose user asked for them by
+    DDPM_FAST_IMPL, reports it as a bad argument in one line."""
+
+
+def refuse_fused(impl: str, why: str) -> NoReturn:
+    """FusedError.
+
+    impl  as the caller gave it: "auto" became "fused" by DDPM_FAST_IMPL
+    """
+    asked = 'impl="fused"' if impl == "fused" else "DDPM_FAST_IMPL=fused"
+    raise FusedError(f"{asked}: {why}")
 
 
 def interpreting() -> bool:

@@ -1,7 +1,9 @@
-"""Launch numbers by kernel, architecture and shape class, from launch_table.json.
+"""Launch numbers by kernel, chip and shape class, from launch_table.json.
 
-A row holds the numbers and their evidence: a measurement, or "not yet measured". The GPU suite's
-sweep writes the file; a kernel without a row for its shape computes its own default.
+A chip is a device, "90 NVIDIA H200", or all of an architecture, "90"; a device's own row wins: two
+devices of one architecture differ in memory and L2. A row holds the numbers and their evidence: a
+measurement, or "not yet measured". The GPU suite's sweep writes the file; a kernel without a row
+for its shape computes its own default.
 """
 
 from __future__ import annotations
@@ -14,14 +16,26 @@ from pathlib import Path
 from typing import Any
 
 
-def lookup(kernel: str, shape_class: str, arch: int) -> dict[str, Any] | None:
+def chip_of(arch: int, device_name: str) -> str:
+    """The key of a device's own rows, such as "90 NVIDIA H200"."""
+    return f"{arch} {device_name}"
+
+
+def lookup(
+    kernel: str, shape_class: str, arch: int, device_name: str = ""
+) -> dict[str, Any] | None:
     """The numbers of a row without its evidence, or None.
 
-    kernel  such as "group_norm_silu.forward";  shape_class  such as "t256 d256"
-    arch    80, 90, 100, ...
+    kernel       such as "group_norm_silu.forward";  shape_class  such as "t256 d256"
+    arch         80, 90, 100, ...
+    device_name  such as "NVIDIA H200"; "": no device's own rows
     """
-    row = _table().get(kernel, {}).get(str(arch), {}).get(shape_class)
-    return None if row is None else {k: v for k, v in row.items() if k != "evidence"}
+    rows = _table().get(kernel, {})
+    for chip in (chip_of(arch, device_name), str(arch)):
+        row = rows.get(chip, {}).get(shape_class)
+        if row is not None:
+            return {k: v for k, v in row.items() if k != "evidence"}
+    return None
 
 
 @functools.cache

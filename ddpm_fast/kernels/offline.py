@@ -33,7 +33,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ddpm_fast.kernels import MODULES
+from ddpm_fast.kernels import MODULES, sass
 from ddpm_fast.kernels.impl import interpreting
 from ddpm_fast.kernels.spec import Launch
 
@@ -56,10 +56,6 @@ CHIPS = {
     100: Chip(232_448, 233_472, "UTC.*MMA|HMMA"),
 }
 
-# Of SASS: an address, perhaps a predicate, the opcode
-_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
-_WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
@@ -68,7 +64,8 @@ class Resources:
     registers     a thread; stack_bytes likewise
     spill_loads   instructions that read local memory; spill_stores: that write it
     shared_bytes  a block
-    instructions  SASS instructions an element of the tile, a loop's body counted once
+    instructions  SASS instructions executed for an element, a loop's body as often as it runs
+    loops         in the code
     mma           the tensor-core instruction, such as "HGMMA", or ""
     load_bytes    of the widest access to global memory by a thread; store_bytes likewise
     blocks        that fit on a multiprocessor at once; warps: theirs, of 64
@@ -81,6 +78,7 @@ class Resources:
     spill_stores: int
     shared_bytes: int
     instructions: float
+    loops: int
     mma: str
     load_bytes: int
     store_bytes: int
@@ -130,14 +128,32 @@ def compile_launch(launch: Launch, arch: int) -> Resources:
         raise RuntimeError("TRITON_INTERPRET=1 replaces the compiler: unset it to compile kernels")
     if arch not in CHIPS:
         raise ValueError(f"arch={arch} must be one of {', '.join(map(str, CHIPS))}")
-    import triton
-    from triton.backends.compiler import GPUTarget
+    return compile_source(
+        source_of(launch), options_of(launch), arch, launch.num_warps, launch.elements, launch.trips
+    )
 
+
+def options_of(launch: Launch) -> dict[str, Any]:
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     if launch.max_registers is not None:
         options["maxnreg"] = launch.max_registers
     options["enable_fp_fusion"] = True  # the default up to Triton 3.9, which warns without it
-    source, target = _source(launch), GPUTarget("cuda", arch, 32)
+    return options
+
+
+def compile_source(
+    source: Any,
+    options: dict[str, Any],
+    arch: int,
+    num_warps: int,
+    elements: int = 0,
+    trips: Sequence[int] = (),
+) -> Resources:
+    """As compile_launch, of a Triton ASTSource and the compiler's options."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    target = GPUTarget("cuda", arch, 32)
     try:
         with redirect_stdout(io.StringIO()):  # with an error come thousands of lines of PTX
             compiled = triton.compile(source, target=target, options=options)
@@ -147,8 +163,8 @@ def compile_launch(launch: Launch, arch: int) -> Resources:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(compiled.asm["cubin"])
         usage = _tool("cuobjdump", "--dump-resource-usage", cubin)
-        opcodes = _INSTRUCTION.findall(_tool("nvdisasm", "-c", cubin))
-    return _resources(launch, arch, usage, opcodes, compiled.metadata.shared)
+        code = sass.parse(_tool("nvdisasm", "-c", cubin))
+    return _resources(arch, usage, code, compiled.metadata.shared, num_warps, elements, trips)
 
 
 def check(launch: Launch, resources: Resources, with_budget: bool) -> list[str]:
@@ -174,6 +190,8 @@ def check(launch: Launch, resources: Resources, with_budget: bool) -> list[str]:
     if with_budget and budget.instructions is not None:
         if not launch.elements:
             found.append("a budget of instructions needs Launch.elements")
+        elif resources.loops != len(launch.trips):
+            found.append(f"{resources.loops} loops, Launch.trips are of {len(launch.trips)}")
         elif resources.instructions > budget.instructions:
             each = f"{resources.instructions:.1f} instructions an element"
             found.append(f"{each}, budget {budget.instructions:g}")
@@ -246,7 +264,8 @@ def read(path: Path) -> tuple[str, list[Row]]:
     return stored["triton"], rows
 
 
-def _source(launch: Launch) -> Any:
+def source_of(launch: Launch) -> Any:
+    """Triton's own description of what is compiled; ValueError for an argument left out."""
     from triton.compiler import ASTSource
 
     names = launch.kernel.arg_names
@@ -283,36 +302,32 @@ def _tool(name: str, *arguments: str | Path) -> str:
 
 
 def _resources(
-    launch: Launch, arch: int, usage: str, opcodes: list[str], shared_bytes: int
+    arch: int,
+    usage: str,
+    code: sass.Code,
+    shared_bytes: int,
+    num_warps: int,
+    elements: int,
+    trips: Sequence[int],
 ) -> Resources:
     used = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    opcodes = [opcode for opcode in opcodes if opcode != "NOP"]
-    threads = 32 * launch.num_warps
-    mma = {opcode.partition(".")[0] for opcode in opcodes if re.match(r"\w*MMA\b", opcode)}
-    blocks = blocks_per_sm(CHIPS[arch], used["REG"], launch.num_warps, shared_bytes)
+    executed = code.executed(trips) * 32 * num_warps
+    blocks = blocks_per_sm(CHIPS[arch], used["REG"], num_warps, shared_bytes)
     return Resources(
         arch=arch,
         registers=used["REG"],
         stack_bytes=used["STACK"] + used["LOCAL"],
-        spill_loads=sum(opcode.startswith("LDL") for opcode in opcodes),
-        spill_stores=sum(opcode.startswith("STL") for opcode in opcodes),
+        spill_loads=code.count("LDL"),
+        spill_stores=code.count("STL"),
         shared_bytes=shared_bytes,
-        instructions=round(len(opcodes) * threads / launch.elements, 2) if launch.elements else 0.0,
-        mma=max(mma, key=len, default=""),
-        load_bytes=_widest(opcodes, ("LDG", "LDGSTS")),
-        store_bytes=_widest(opcodes, ("STG",)),
+        instructions=round(executed / elements, 2) if elements else 0.0,
+        loops=len(code.loops),
+        mma=code.mma(),
+        load_bytes=code.widest(("LDG", "LDGSTS")),
+        store_bytes=code.widest(("STG",)),
         blocks=blocks,
-        warps=blocks * launch.num_warps,
+        warps=blocks * num_warps,
     )
-
-
-def _widest(opcodes: Iterable[str], kinds: tuple[str, ...]) -> int:
-    """Bytes of the widest access of these kinds, such as 16 of LDG.E.128; 4 is what none says."""
-    widths = [0]
-    for kind, *parts in (opcode.split(".") for opcode in opcodes):
-        if kind in kinds:
-            widths.append(next((_WIDTHS[part] for part in parts if part in _WIDTHS), 4))
-    return max(widths)
 
 
 def blocks_per_sm(chip: Chip, registers: int, num_warps: int, shared_bytes: int) -> int:

@@ -31,7 +31,7 @@ class Budget:
     """What a compiled kernel may use; None: not limited.
 
     registers     a thread;  shared_bytes  a block (sm_90 has 232,448)
-    instructions  SASS instructions an element of the program's tile, all phases
+    instructions  SASS instructions executed for an element of the program
     mma           a tensor-core instruction must occur (HGMMA on sm_90, HMMA below)
     wide          global accesses must include 16-byte ones
     """
@@ -52,7 +52,8 @@ class Launch:
                 "i32:16" for an integer known to be divisible by 16, without which accesses narrow
     constexprs  value of each constexpr
     max_registers  a thread; the compiler is held to it (maxnreg)
-    elements    of the program's tile, for Budget.instructions
+    elements    that a program handles, padding left out; 0: instructions are not counted
+    trips       how often each loop's body runs, in the code's order; 0: a way that is not taken
     """
 
     name: str
@@ -60,9 +61,10 @@ class Launch:
     types: Mapping[str, str]
     constexprs: Mapping[str, Any]
     num_warps: int
-    num_stages: int = 1
+    num_stages: int
     max_registers: int | None = None
     elements: int = 0
+    trips: tuple[int, ...] = ()
     budget: Budget = field(default_factory=Budget)
 
 

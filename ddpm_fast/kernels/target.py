@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 
@@ -26,6 +27,12 @@ def _cuda_arch(index: int) -> int:
 
 # What @torch.compiler.assume_constant_result does; that would import the compiler with this module.
 _cuda_arch._dynamo_marked_constant = True
+
+
+@functools.cache
+def device_name_of(device: torch.device) -> str:
+    """Such as "NVIDIA H200"; "" where it is no CUDA device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager:

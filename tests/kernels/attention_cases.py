@@ -10,6 +10,25 @@ SPEC = kernel.SPEC
 DTYPES = kernel.DTYPES
 BF16 = torch.bfloat16
 
+# C, height and width, heads of the tests on the device
+SIZES = [
+    (64, 4, 1),
+    (256, 4, 1),
+    (128, 7, 2),
+    (256, 8, 4),
+    (128, 16, 4),
+    (256, 16, 4),
+    (256, 16, 2),
+]
+ON_DEVICE = [
+    *(
+        (dict(n=3, c=c, h=side, w=side, heads=heads), dtype)
+        for c, side, heads in SIZES
+        for dtype in DTYPES
+    ),
+    *((dict(n=4, c=256, h=side, w=side, heads=4), BF16) for side in (4, 16)),
+]
+
 
 def make_qkv(n, c, h, w, heads=1, dtype=torch.float32, seed=0):
     values = {"n": n, "c": c, "h": h, "w": w, "heads": heads}

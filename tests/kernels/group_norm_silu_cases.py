@@ -12,6 +12,27 @@ EVERYTHING = dict(
     n=2, c1=20, c2=4, hw=49, groups=2, scale=True, shift=True, add=True, residual=True, dropout=0.3
 )
 
+GRAPHS = [EVERYTHING, {**EVERYTHING, "n": 1, "hw": 1024}]
+ANY_NUMBER = [
+    dict(n=n, c1=c1, c2=c2, hw=hw, groups=8, add=True)
+    for n in (1, 2, 3, 16, 17, 512)
+    for hw, c1, c2 in ((1, 32, 0), (16, 256, 256), (49, 24, 24), (1024, 128, 0))
+]
+
+
+def few_images(case):
+    """A case's values; fp64 references of 256 images would not be quick."""
+    return {**case.values, "n": min(case.values["n"], 16)}
+
+
+# Values and dtypes of the tests on the device
+ON_DEVICE = [
+    *((few_images(case), dtype) for case in SPEC.cases for dtype in SPEC.tolerance),
+    *((values, torch.bfloat16) for values in ANY_NUMBER),
+    *((values, torch.float32) for values in GRAPHS),
+    ({**EVERYTHING, "n": 64, "hw": 1024}, torch.bfloat16),
+]
+
 
 def doubled(inputs):
     """The same inputs as fp64 leaves."""

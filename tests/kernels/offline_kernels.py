@@ -22,6 +22,17 @@ def silu_kernel(x_ptr, y_ptr, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def looped_kernel(x_ptr, y_ptr, size, tiles, BLOCK: tl.constexpr):
+    """silu_kernel on one range of tiles after the other."""
+    start = tl.program_id(0) * tiles * BLOCK
+    for tile in range(tiles):
+        offs = start + tile * BLOCK + tl.arange(0, BLOCK)
+        mask = offs < size
+        x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        tl.store(y_ptr + offs, x * tl.sigmoid(x), mask=mask)
+
+
+@triton.jit
 def matmul_kernel(a_ptr, b_ptr, c_ptr, BLOCK: tl.constexpr):
     lane = tl.arange(0, BLOCK)
     at = lane[:, None] * BLOCK + lane[None, :]
@@ -37,8 +48,23 @@ def silu(name: str, block: int, num_warps: int, *, size: str = "i32:16", **budge
         types={"x_ptr": "*bf16", "y_ptr": "*bf16", "size": size},
         constexprs={"BLOCK": block},
         num_warps=num_warps,
+        num_stages=1,
         elements=block,
         budget=Budget(**budget),
+    )
+
+
+def looped(name: str, tiles: int, trips: tuple[int, ...]) -> Launch:
+    return Launch(
+        name=name,
+        kernel=looped_kernel,
+        types={"x_ptr": "*bf16", "y_ptr": "*bf16", "size": "i32:16", "tiles": "i32"},
+        constexprs={"BLOCK": 4096},
+        num_warps=8,
+        num_stages=1,
+        elements=4096 * tiles,
+        trips=trips,
+        budget=Budget(instructions=31),
     )
 
 
@@ -49,6 +75,7 @@ def matmul(name: str, block: int, num_warps: int) -> Launch:
         types={"a_ptr": "*bf16", "b_ptr": "*bf16", "c_ptr": "*fp32"},
         constexprs={"BLOCK": block},
         num_warps=num_warps,
+        num_stages=1,
         budget=Budget(mma=True),
     )
 
@@ -57,6 +84,8 @@ LAUNCHES = {
     "well": silu("well", 4096, 8, registers=64, instructions=31),
     "tight": silu("tight", 4096, 8, registers=8, instructions=1),
     "narrow": silu("narrow", 4096, 8, size="i32"),
+    "looped": looped("looped", 8, (8,)),
+    "loop forgotten": looped("loop forgotten", 8, ()),
     "matmul": matmul("matmul", 64, 4),
     # 512 fp32 sums a thread, of 255 registers; two operands of 128 KiB
     "spilling": matmul("spilling", 256, 4),

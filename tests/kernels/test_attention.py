@@ -12,6 +12,7 @@ from tests.kernels.attention_cases import (
     BF16,
     DEVICE,
     DTYPES,
+    SIZES,
     SPEC,
     fused,
     layouts_of,
@@ -231,10 +232,7 @@ def test_an_image_does_not_depend_on_its_batch():
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "c, size, heads",
-    [(64, 4, 1), (256, 4, 1), (128, 7, 2), (256, 8, 4), (128, 16, 4), (256, 16, 4), (256, 16, 2)],
-)
+@pytest.mark.parametrize("c, size, heads", SIZES)
 def test_a_hundred_fresh_inputs_agree_with_fp64_on_the_device(c, size, heads, dtype):
     for seed in range(100):
         check(make_qkv(3, c, size, size, heads, dtype, seed), heads)

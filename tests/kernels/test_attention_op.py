@@ -41,7 +41,16 @@ BAD = [
     (torch.zeros(2, 0, 4, 4), 1, {}, "0 channels, must be 3C"),
     (torch.zeros(2, 96, 4, 4), 3, {}, "num_heads=3 must divide C=32"),
     (torch.zeros(2, 96, 4, 4), 0, {}, "num_heads=0 must divide C=32"),
-    (torch.zeros(2, 96, 4, 4), 1, {"scale": math.nan}, "scale=nan must be finite"),
+    *(
+        (torch.zeros(2, 96, 4, 4), 1, {"scale": scale}, " must be finite")
+        for scale in (math.nan, math.inf, "1", torch.ones(()), True)
+    ),
+    (None, 1, {}, "qkv=None must be a tensor: (N, 3C, H, W)"),
+    ([1.0], 1, {}, "qkv is a list, must be a tensor"),
+    *(
+        (torch.zeros(2, 96, 4, 4), heads, {}, "num_heads=")
+        for heads in ("2", 2.0, None, True)
+    ),
     (torch.zeros(2, 96, 4, 4), 1, {"impl": "triton"}, "impl='triton' must be one of auto, fused"),
     (torch.zeros(2, 96, 4, 4), 2, {"impl": "fused"}, "= 16 must be one of 32, 64, 128, 256"),
     (torch.zeros(2, 96, 4, 4).double(), 1, {"impl": "fused"}, "torch.float64, must be 32 or 16"),

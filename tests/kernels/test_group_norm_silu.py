@@ -1,9 +1,11 @@
 """The kernels, in Triton's interpreter on a machine without a GPU, against fp64 references."""
 
 import math
+from collections import Counter
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_fast import ops
 from ddpm_fast.kernels import group_norm_silu_launch as launch
@@ -40,6 +42,40 @@ def test_all_flags_together(dtype):
 def test_each_flag_alone(flag, activation):
     values = dict(n=2, c1=12, hw=16, groups=3, activation=activation)
     check(values if flag is None else {**values, flag: True}, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "others",
+    [dict(add=True), dict(c2=4), dict(dropout=0.25), dict(scale=True, shift=True)],
+    ids=str,
+)
+def test_a_residual_goes_with_every_other_option(others, dtype):
+    check(dict(n=2, c1=12, hw=16, groups=2, residual=True, **others), dtype)
+
+
+def test_the_stored_sum_is_the_next_blocks_residual():
+    x, residual, *branches = (
+        torch.randn(2, 8, 4, 4, device=DEVICE).contiguous(memory_format=torch.channels_last)
+        for _ in range(5)
+    )
+    weight, bias = torch.rand(8, device=DEVICE), torch.rand(8, device=DEVICE)
+
+    def chained(impl, inputs):
+        x, total, *branches = inputs
+        for branch in (*branches, None):
+            y, total = ops.group_norm_silu(x, weight, bias, 4, residual=total, impl=impl)
+            x = y if branch is None else y * branch
+        return (x * total).sum()
+
+    values = (x, residual, *branches)
+    found, expected = (
+        torch.autograd.grad(chained(impl, leaves), leaves)
+        for impl in ("fused", "reference")
+        for leaves in [[v.clone().requires_grad_() for v in values]]
+    )
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -176,6 +212,25 @@ def test_gradient_of_the_sum_alone_passes_through():
     total.sum().backward()
     assert torch.equal(inputs["x"].grad, torch.ones_like(total))
     assert torch.equal(inputs["residual"].grad, torch.ones_like(total))
+
+
+class CountedOps(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.found = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.found[function.overloadpacket] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("flags, products", [({}, 0), ({"add": True}, 0), ({"scale": True}, 3)])
+def test_a_norm_without_a_scale_multiplies_nothing_for_one(flags, products):
+    inputs = SPEC.make_inputs(dict(n=2, c1=8, hw=16, groups=2, **flags), torch.float32, DEVICE, 0)
+    y = SPEC.fused(**inputs)
+    with CountedOps() as ops_run:
+        y.backward(torch.ones_like(y))
+    assert ops_run.found[torch.ops.aten.mul] == products
 
 
 PAD = 64

@@ -16,15 +16,18 @@ from tests.kernels.group_norm_silu_cases import DEVICE, SPEC, results
 class TestIntegration:
     VALUES = dict(n=2, c1=8, c2=4, hw=16, groups=3, add=True, residual=True, dropout=0.25)
 
-    def inputs(self, **changes):
-        return SPEC.make_inputs({**self.VALUES, **changes}, torch.float32, DEVICE, 0)
+    def inputs(self, dtype=torch.float32, **changes):
+        return SPEC.make_inputs({**self.VALUES, **changes}, dtype, DEVICE, 0)
 
-    def test_compiles_to_one_graph_with_the_eager_values(self):
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("more", [{}, dict(scale=True, shift=True)], ids=str)
+    def test_compiles_to_one_graph_with_the_eager_values(self, dtype, more):
         compiled = torch.compile(
             lambda **inputs: kernel.group_norm_silu(**inputs, impl="fused"),
             backend="aot_eager", fullgraph=True,
         )  # fmt: skip
-        expected, found = results(SPEC.fused, self.inputs()), results(compiled, self.inputs())
+        expected = results(SPEC.fused, self.inputs(dtype, **more))
+        found = results(compiled, self.inputs(dtype, **more))
         for name, value in expected.items():
             assert torch.equal(found[name], value), name
 
@@ -127,8 +130,30 @@ def bad(**changes):
         (bad(residual=torch.ones(2, 8, 4, 5)), r"residual has shape .*, must be \(2, 8, 4, 4\)"),
         (bad(residual=torch.ones(2, 8, 4, 4).half()), "residual is torch.float16, must be of x's"),
         (bad(concat=torch.ones(2, 8, 5, 4)), r"concat has shape \(2, 8, 5, 4\)"),
-        (bad(weight=torch.ones(8, device="meta")), "weight is on meta, must be on x's device cpu"),
-        (bad(add=torch.ones(2, 8, device="meta")), "add is on meta, must be on x's device cpu"),
+        (bad(weight=torch.ones(8, device="meta")), "weight is on meta, must be on cpu"),
+        (bad(add=torch.ones(2, 8, device="meta")), "add is on meta, must be on cpu"),
+        *(
+            (bad(**{name: None}), f"{name}=None must be a tensor")
+            for name in ("x", "weight", "bias")
+        ),
+        *(
+            (bad(**{name: value}), f"{name}.* must be a tensor")
+            for name in ("scale", "shift", "add", "residual", "concat", "rng")
+            for value in (1.5, "x", [1])
+        ),
+        (bad(weight=torch.ones(8).long()), "weight is torch.int64, must be floating point"),
+        (bad(add=torch.ones(2, 8).bool()), "add is torch.bool, must be floating point"),
+        *(
+            (bad(num_groups=value), "num_groups.* must be an int")
+            for value in (2.0, "2", None, True, torch.tensor(2))
+        ),
+        *((bad(eps=value), "eps.* must be a number") for value in (None, "1", math.nan)),
+        *(
+            (bad(dropout=value), r"dropout.* must be in \[0, 1\)")
+            for value in ("x", None, math.nan)
+        ),
+        *((bad(stream=value), "stream.* must be an int") for value in (1.0, "1", None)),
+        (bad(activation=torch.ones(2)), "activation is a Tensor, must be 'silu' or None"),
     ],
 )
 def test_bad_input_names_the_value_and_the_rule(arguments, message, impl):
@@ -148,7 +173,7 @@ def test_an_image_too_large_for_int32_offsets_is_refused_in_one_line():
 def test_a_dtype_that_the_kernels_lack_is_refused_and_auto_takes_it():
     arguments = bad(x=torch.randn(2, 8, 4, 4, dtype=torch.float64, device=DEVICE))
     arguments |= {name: arguments[name].to(DEVICE) for name in ("weight", "bias")}
-    with pytest.raises(ValueError, match='x is torch.float64, impl="fused" takes torch.float32'):
+    with pytest.raises(ValueError, match='impl="fused": x is torch.float64, must be torch.fl'):
         kernel.group_norm_silu(**arguments, impl="fused")
     assert kernel.group_norm_silu(**arguments).dtype == torch.float64
 

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+from ddpm_fast import ops
 from ddpm_fast.kernels import group_norm_silu_launch as launch
 from ddpm_fast.kernels import launch as table
+from ddpm_fast.kernels import target
 from ddpm_fast.kernels.group_norm_silu_plan import make_plan, shape_class
-from tests.kernels.group_norm_silu_cases import DEVICE, SPEC
+from tests.kernels.group_norm_silu_cases import DEVICE, SPEC, results
 
 
 def test_images_are_counted_by_the_grids_long_axis(monkeypatch):
@@ -58,6 +60,56 @@ def test_a_row_of_the_launch_table_is_one_flavours_and_used_where_it_fits(monkey
         assert block_hw(row, **other) == own(**other) != 128, other
     for wrong in ({"GROUPS": 64}, {"GROUPS": 0}, {"BLOCK_HW": 100}, {"BLOCK_HW": 256}):
         assert block_hw({**row, **wrong}) == own(), wrong
+
+
+def test_a_devices_own_row_wins_over_its_architectures(monkeypatch):
+    shape = dict(c=128, hw=1024, num_groups=32, itemsize=2, dropout=False)
+    rows = {
+        chip: {shape_class(**shape): {"GROUPS": 4, "BLOCK_HW": block_hw, "num_warps": 8}}
+        for chip, block_hw in (("90", 256), ("90 NVIDIA H200", 512), ("80 NVIDIA H100", 128))
+    }
+    monkeypatch.setattr(table, "_table", lambda: {"group_norm_silu.forward": rows})
+
+    def block_hw(device_name):
+        return make_plan("forward", 256, arch=90, device_name=device_name, **shape).BLOCK_HW
+
+    names = ("NVIDIA H200", "NVIDIA H100", "")
+    assert [block_hw(name) for name in names] == [512, 256, 256]
+
+
+@pytest.mark.parametrize("name", ["NVIDIA H200", ""])
+def test_launches_ask_for_the_rows_of_the_tensors_own_device(monkeypatch, name):
+    from ddpm_fast.kernels import (
+        adamw_ema_launch,
+        adamw_ema_triton,
+        attention_launch,
+        attention_triton,
+        group_norm_silu_plan,
+    )
+
+    asked = []
+    for module in (group_norm_silu_plan, attention_triton, adamw_ema_triton):
+        monkeypatch.setattr(module, "lookup", lambda *key: asked.append(key))
+    for module in (launch, attention_launch, adamw_ema_launch):
+        monkeypatch.setattr(module, "device_name_of", lambda device: name)
+    results(SPEC.fused, SPEC.make_inputs(dict(n=1, c1=4, hw=4, groups=2), torch.half, DEVICE, 0))
+    qkv = torch.randn(1, 96, 2, 2, device=DEVICE, dtype=torch.half).requires_grad_()
+    ops.attention(qkv, 1, impl="fused").sum().backward()
+    adamw_ema_launch.Tables((8,), 0, torch.zeros(4, device=DEVICE))
+    kernels = [kernel for kernel, *_ in asked]
+    assert kernels == [
+        "group_norm_silu.forward", "group_norm_silu.backward",
+        "attention.forward", "attention.backward", "adamw_ema.forward",
+    ]  # fmt: skip
+    assert {device_name for *_, device_name in asked} == {name}
+
+
+def test_a_devices_name_is_asked_of_cuda_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device.index}")
+    target.device_name_of.cache_clear()
+    assert target.device_name_of(torch.device("cuda", 1)) == "card 1"
+    assert target.device_name_of(torch.device("cpu")) == ""
+    target.device_name_of.cache_clear()
 
 
 def test_every_candidate_of_the_sweep_is_the_plan_of_its_own_flavour(monkeypatch):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ddpm_fast.kernels import offline
+from ddpm_fast.kernels import offline, sass
 from ddpm_fast.kernels.spec import Budget, Launch
 
 pytest.importorskip("triton", reason="needs Triton's compiler, not a GPU")
@@ -71,6 +71,47 @@ def test_budgets_of_registers_and_instructions_are_checked(compiled, arch):
     assert instructions.endswith("instructions an element, budget 1")
 
 
+@pytest.mark.parametrize("arch", offline.CHIPS)
+def test_a_loops_body_counts_as_often_as_it_runs(compiled, arch):
+    straight, looped = (compiled[name, arch].resources for name in ("well", "looped"))
+    assert (straight.loops, looped.loops) == (0, 1)
+    # The same work an element; what stands before the loop is shared, its counter is not.
+    assert 0.7 < looped.instructions / straight.instructions < 1.3
+    assert compiled["looped", arch].violations == ()
+
+
+def test_a_loop_whose_trips_are_not_given_is_a_violation(compiled):
+    (violation,) = compiled["loop forgotten", 90].violations
+    assert "1 loops" in violation and "0" in violation
+
+
+CODE = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_0:
+        /*0010*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+.L_x_1:
+        /*0020*/                   FADD R0, R0, R4 ;
+        /*0030*/              @!P1 BRA `(.L_x_1) ;
+        /*0040*/               @P0 BRA `(.L_x_0) ;
+        /*0050*/               @P2 BRA `(.L_x_2) ;
+        /*0060*/                   STG.E desc[UR4][R2.64], R0 ;
+.L_x_2:
+        /*0070*/                   EXIT ;
+.L_x_3:
+        /*0080*/                   BRA `(.L_x_3);
+        /*0090*/                   NOP;
+"""
+
+
+def test_loops_are_branches_back_and_nested_trips_multiply():
+    code = sass.parse(CODE)
+    assert code.loops == ((1, 4), (2, 3))
+    assert code.executed() == 9  # all but the NOP
+    assert code.executed((5, 3)) == 5 + 5 * (2 + 3 * 2)
+    assert code.executed((0, 3)) == 5  # a way that is not taken
+    assert (code.widest(["LDG"]), code.widest(["STG"]), code.mma()) == (16, 4, "")
+
+
 def test_spills_and_too_much_shared_memory_are_found(compiled):
     row = compiled["spilling", 90]
     assert row.resources.spill_loads > 100 and row.resources.spill_stores > 100
@@ -90,14 +131,14 @@ def test_a_kernel_that_does_not_compile_is_a_violation_in_one_line(compiled):
 def resources(**changes):
     values = dict(
         arch=90, registers=64, stack_bytes=0, spill_loads=0, spill_stores=0, shared_bytes=0,
-        instructions=20.0, mma="", load_bytes=16, store_bytes=16, blocks=1, warps=8,
+        instructions=20.0, loops=0, mma="", load_bytes=16, store_bytes=16, blocks=1, warps=8,
     )  # fmt: skip
     return offline.Resources(**(values | changes))
 
 
 def launch(**changes):
-    values = dict(name="x", kernel=None, types={}, constexprs={}, num_warps=8, elements=4096)
-    return Launch(**(values | changes))
+    values = dict(name="x", kernel=None, types={}, constexprs={}, num_warps=8, num_stages=1)
+    return Launch(**(values | dict(elements=4096) | changes))
 
 
 def test_shared_memory_has_the_limit_of_the_chip():
@@ -223,6 +264,6 @@ def test_the_stored_table_holds_every_launch_and_no_violation():
     assert done.returncode == 0, done.stderr
     stored = [[row.kernel, row.launch, row.arch] for row in rows]
     assert sorted(stored) == sorted(json.loads(done.stdout)), (
-        "with Triton 3.6: python -m ddpm_fast.kernels.offline --budget"
+        "with Triton 3.6: python -m ddpm_fast.kernels.offline"
         " --json ddpm_fast/kernels/resources.json"
     )
