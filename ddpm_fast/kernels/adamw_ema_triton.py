@@ -262,6 +262,11 @@ _TYPES = {
 }  # fmt: skip
 
 
+def sweep_launch(kernel: str, values: Mapping[str, Any], arch: int) -> Launch:
+    """The update of a case's averages under the current launch table."""
+    return _launch(f"update {values['num_emas']} averages", update_kernel, values["num_emas"], arch)
+
+
 def sweep_candidates(values: Mapping[str, Any], arch: int) -> list[tuple[str, str, dict]]:
     """Launch numbers worth timing: (kernel, shape class, numbers)."""
     return [

@@ -203,7 +203,7 @@ def _path(impl: str, qkv: Tensor, head_dim: int) -> str:
         refuse_fused(
             impl,
             f"the backward pass of {tokens} tokens at head size {head_dim} in {qkv.dtype} would"
-            f' spill registers, at most {most} tokens; use more heads or impl="auto"',
+            f" spill registers, at most {most} tokens; use more heads",
         )
     if why := why_not_fused(qkv.device.type):
         refuse_fused(impl, why)

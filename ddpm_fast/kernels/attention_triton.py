@@ -320,10 +320,16 @@ def sweep_candidates(values: dict, arch: int) -> list[tuple[str, str, dict[str, 
         (f"attention.{kernel}", shape_class, _named(block_m, block_n, num_warps, num_stages))
         for kernel, of_head_dim in TILES.items()
         if head_dim in of_head_dim
-        for block_m, block_n in ((64, 32), (64, 64), (32, 64), (128, 64))
+        for num_stages in (2, 3, 1)
+        for block_m, block_n in ((64, 64), (128, 64), (64, 32), (32, 64))
         for num_warps in (4, 8)
-        for num_stages in (1, 2, 3)
     ]
+
+
+def sweep_launch(kernel: str, values: dict, arch: int) -> Launch:
+    """The launch of a case's values, bf16, under the current launch table."""
+    tokens, head_dim = values["h"] * values["w"], values["c"] // values["heads"]
+    return _launch(kernel.partition(".")[2], tokens, head_dim, arch)
 
 
 def _launch(kernel: str, tokens: int, head_dim: int, arch: int) -> Launch:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ddpm_fast.kernels.offline import Resources, compile_source, options_of, source_of
+from ddpm_fast.kernels.offline import misfits, options_of, source_of
 from ddpm_fast.kernels.spec import Launch
 
 
@@ -27,19 +27,14 @@ class Bound:
 
     @property
     def name(self) -> str:
-        values = [f"{self.source.fn.arg_names[i]}={v}" for (i,), v in self.constexprs.items()]
+        values = [f"{self.source.fn.arg_names[i]}={v}" for (i,), v in self.source.constants.items()]
         types = [kind for kind in self.source.signature.values() if kind.startswith("*")]
         warps = f"num_warps={self.options.num_warps}"
         return f"{self.source.fn.__name__} {types[0]} {' '.join(values)} {warps}"
 
-    @property
-    def constexprs(self) -> dict[tuple[int, ...], Any]:
-        return self.source.constants
-
-    def compile(self) -> Resources:
-        """As compile_launch, without a count of instructions; raises what that raises."""
-        options = vars(self.options)
-        return compile_source(self.source, options, self.arch, self.options.num_warps)
+    def misfits(self) -> list[str]:
+        """Compiled, why it does not fit the chip; empty if it does."""
+        return misfits(self.source, vars(self.options), self.arch)
 
 
 class _Driver:

@@ -320,6 +320,7 @@ _CIFAR10 = [
     ("256x256x16x16 add", dict(c1=256, hw=256, add=True)),
     ("256x256x16x16 add dropout", dict(c1=256, hw=256, add=True, dropout=0.1)),
     ("256x256x16x16 linear", dict(c1=256, hw=256, activation=None)),
+    ("256x(256+128)x16x16", dict(c1=256, c2=128, hw=256)),
     ("256x(256+256)x16x16", dict(c1=256, c2=256, hw=256)),
     ("256x(256+256)x8x8", dict(c1=256, c2=256, hw=64)),
     ("256x256x8x8 add", dict(c1=256, hw=64, add=True)),

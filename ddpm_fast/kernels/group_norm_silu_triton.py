@@ -205,8 +205,8 @@ class Shape(NamedTuple):
     add: bool
     silu: bool
     dropout: bool
-    forward: tuple[int, int]
-    backward: tuple[int, int]
+    forward: tuple[int | None, int | None]
+    backward: tuple[int | None, int | None]
 
 
 SHAPES = (
@@ -287,7 +287,7 @@ def sweep_candidates(values: Mapping[str, Any], arch: int) -> list[tuple[str, st
         width = count * per_group
         if count > groups or width > 512 or width * 2 < SECTOR_BYTES:
             continue
-        for tile in (2048, 4096, 8192, 16_384):
+        for tile in (2048, 4096, 8192, 16_384, 32_768):
             block_hw = min(power_of_two(hw), tile // power_of_two(width))
             for warps in (4, 8, 16):
                 numbers = {"GROUPS": count, "BLOCK_HW": block_hw, "num_warps": warps}
@@ -295,6 +295,15 @@ def sweep_candidates(values: Mapping[str, Any], arch: int) -> list[tuple[str, st
                 within = block_hw >= 8 and 8 <= per_thread <= MOST_PER_THREAD
                 if within and numbers not in found:
                     found.append(numbers)
+
+    def unlikely(numbers: Mapping[str, int]) -> tuple:
+        """Tiles that are read again; a thread's share far from 32; rows far from 64 bytes."""
+        width = numbers["GROUPS"] * per_group
+        per_thread = numbers["BLOCK_HW"] * power_of_two(width) / (32 * numbers["num_warps"])
+        row, share = 2 * width / 64, per_thread / 32
+        return (numbers["BLOCK_HW"] < hw, max(share, 1 / share), max(row, 1 / row))
+
+    found.sort(key=unlikely)
     dropout = bool(values.get("dropout"))
     shape = shape_class(channels, hw, groups, itemsize=2, dropout=dropout)
     return [
@@ -302,6 +311,16 @@ def sweep_candidates(values: Mapping[str, Any], arch: int) -> list[tuple[str, st
         for direction in ("forward", "backward")
         for numbers in found
     ]
+
+
+def sweep_launch(kernel: str, values: Mapping[str, Any], arch: int) -> Launch:
+    """The launch of a Case's values, 16-bit, under the current launch table."""
+    shape = Shape(
+        values["c1"], values.get("c2", 0), values["hw"], bool(values.get("add")),
+        values.get("activation", "silu") is not None, bool(values.get("dropout")),
+        forward=(None, None), backward=(None, None),
+    )  # fmt: skip
+    return _launch(kernel.rpartition(".")[2], values["n"], shape, arch)
 
 
 _KERNELS = {

@@ -20,8 +20,9 @@ def refuse_fused(impl: str, why: str) -> NoReturn:
 
     impl  as the caller gave it: "auto" became "fused" by DDPM_FAST_IMPL
     """
-    asked = 'impl="fused"' if impl == "fused" else "DDPM_FAST_IMPL=fused"
-    raise FusedError(f"{asked}: {why}")
+    if impl == "fused":
+        raise FusedError(f'impl="fused": {why}; or use impl="auto"')
+    raise FusedError(f"DDPM_FAST_IMPL=fused: {why}; or unset DDPM_FAST_IMPL")
 
 
 def interpreting() -> bool:

@@ -17,8 +17,8 @@ from typing import Any
 
 
 def chip_of(arch: int, device_name: str) -> str:
-    """The key of a device's own rows, such as "90 NVIDIA H200"."""
-    return f"{arch} {device_name}"
+    """The key of a device's own rows, such as "90 NVIDIA H200"; "90" without a name."""
+    return f"{arch} {device_name}".rstrip()
 
 
 def lookup(

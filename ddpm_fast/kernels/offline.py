@@ -128,9 +128,9 @@ def compile_launch(launch: Launch, arch: int) -> Resources:
         raise RuntimeError("TRITON_INTERPRET=1 replaces the compiler: unset it to compile kernels")
     if arch not in CHIPS:
         raise ValueError(f"arch={arch} must be one of {', '.join(map(str, CHIPS))}")
-    return compile_source(
-        source_of(launch), options_of(launch), arch, launch.num_warps, launch.elements, launch.trips
-    )
+    compiled = compile_source(source_of(launch), options_of(launch), arch)
+    code = sass.parse(_of_cubin(compiled, "nvdisasm", "-c"))
+    return _resources(launch, arch, usage_of(compiled), code, compiled.metadata.shared)
 
 
 def options_of(launch: Launch) -> dict[str, Any]:
@@ -141,30 +141,44 @@ def options_of(launch: Launch) -> dict[str, Any]:
     return options
 
 
-def compile_source(
-    source: Any,
-    options: dict[str, Any],
-    arch: int,
-    num_warps: int,
-    elements: int = 0,
-    trips: Sequence[int] = (),
-) -> Resources:
-    """As compile_launch, of a Triton ASTSource and the compiler's options."""
+def compile_source(source: Any, options: dict[str, Any], arch: int) -> Any:
+    """Triton's compiled kernel of an ASTSource; CompileError if there is none."""
     import triton
     from triton.backends.compiler import GPUTarget
 
     target = GPUTarget("cuda", arch, 32)
     try:
         with redirect_stdout(io.StringIO()):  # with an error come thousands of lines of PTX
-            compiled = triton.compile(source, target=target, options=options)
+            return triton.compile(source, target=target, options=options)
     except Exception as error:  # Triton has many kinds
         raise CompileError(_why(error)) from error
+
+
+def misfits(source: Any, options: dict[str, Any], arch: int) -> list[str]:
+    """Why a compiled kernel does not fit its chip: spills, shared memory, the compiler's error."""
+    try:
+        compiled = compile_source(source, options, arch)
+    except CompileError as error:
+        return [f"does not compile: {error}"]
+    usage, shared, found = usage_of(compiled), compiled.metadata.shared, []
+    if spilled := usage["STACK"] + usage["LOCAL"]:
+        found.append(f"stack of {spilled} bytes a thread, must be 0")
+    if shared > (most := CHIPS[arch].block_shared_bytes):
+        found.append(f"{shared} bytes of shared memory, at most {most}")
+    return found
+
+
+def usage_of(compiled: Any) -> dict[str, int]:
+    """Registers and bytes of a thread: REG, STACK, LOCAL; any spill is in the latter two."""
+    usage = _of_cubin(compiled, "cuobjdump", "--dump-resource-usage")
+    return {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+
+
+def _of_cubin(compiled: Any, tool: str, flag: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(compiled.asm["cubin"])
-        usage = _tool("cuobjdump", "--dump-resource-usage", cubin)
-        code = sass.parse(_tool("nvdisasm", "-c", cubin))
-    return _resources(arch, usage, code, compiled.metadata.shared, num_warps, elements, trips)
+        return _tool(tool, flag, cubin)
 
 
 def check(launch: Launch, resources: Resources, with_budget: bool) -> list[str]:
@@ -302,17 +316,10 @@ def _tool(name: str, *arguments: str | Path) -> str:
 
 
 def _resources(
-    arch: int,
-    usage: str,
-    code: sass.Code,
-    shared_bytes: int,
-    num_warps: int,
-    elements: int,
-    trips: Sequence[int],
+    launch: Launch, arch: int, used: dict[str, int], code: sass.Code, shared_bytes: int
 ) -> Resources:
-    used = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    executed = code.executed(trips) * 32 * num_warps
-    blocks = blocks_per_sm(CHIPS[arch], used["REG"], num_warps, shared_bytes)
+    executed = code.executed(launch.trips) * 32 * launch.num_warps
+    blocks = blocks_per_sm(CHIPS[arch], used["REG"], launch.num_warps, shared_bytes)
     return Resources(
         arch=arch,
         registers=used["REG"],
@@ -320,13 +327,13 @@ def _resources(
         spill_loads=code.count("LDL"),
         spill_stores=code.count("STL"),
         shared_bytes=shared_bytes,
-        instructions=round(executed / elements, 2) if elements else 0.0,
+        instructions=round(executed / launch.elements, 2) if launch.elements else 0.0,
         loops=len(code.loops),
         mma=code.mma(),
         load_bytes=code.widest(("LDG", "LDGSTS")),
         store_bytes=code.widest(("STG",)),
         blocks=blocks,
-        warps=blocks * num_warps,
+        warps=blocks * launch.num_warps,
     )
 
 

@@ -50,8 +50,8 @@ def why_not_fused(device_type: str) -> str | None:
     if device_type == "cpu" and not interpreting():
         return (
             "the Triton kernels run on cuda, and on cpu only with TRITON_INTERPRET=1 (slow, for"
-            ' tests); use impl="auto"'
+            " tests)"
         )
     if device_type not in ("cpu", "cuda"):
-        return f'the Triton kernels run on cuda, not on {device_type}; use impl="auto"'
+        return f"the Triton kernels run on cuda, not on {device_type}"
     return why_no_triton()

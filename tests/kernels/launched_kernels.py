@@ -1,17 +1,19 @@
 """Launches of `pytest -m gpu` and of the GPU suite, bound as on an H100, compiled and not run.
 
-    python launched_kernels.py OUT [JOBS]
+    python launched_kernels.py OUT JOBS     with 0 jobs nothing is compiled
 
 Launch code runs on tensors without memory, Triton's own binder says what it asks for, and that is
-compiled. OUT: {"violations": {kernel: [...]}, "kernels": how many, "unbound": launches of the
-presets, as offline.py compiles them, that no launch code asks for}. A process of its own, because
-its launches never run and TRITON_INTERPRET=1 in the tests' environment replaces the compiler.
+compiled. OUT: {"kernels": how many, "violations": {kernel: [...]}, "num_stages": {module: [...]},
+"unbound": launches of the presets, as offline.py compiles them, that no launch code asks for}. A
+process of its own, because its launches never run and TRITON_INTERPRET=1 in the tests' environment
+replaces the compiler.
 """
 
 import itertools
 import json
 import multiprocessing
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -19,7 +21,6 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from ddpm_fast.kernels import adamw_ema, attention, binding, group_norm_silu, offline
-from ddpm_fast.kernels.spec import Budget, Launch
 from ddpm_fast.nn import norm
 from ddpm_fast.nn.config import PRESETS, preset
 from ddpm_fast.nn.unet import UNet
@@ -136,20 +137,17 @@ class NoGenerator:
 KERNELS = []  # a kernel cannot be handed to another process, but it is there after a fork
 
 
-def violations(index):
-    bound = KERNELS[index]
-    try:
-        resources = bound.compile()
-    except offline.CompileError as error:
-        return [f"does not compile: {error}"]
-    launch = Launch(
-        name=bound.name, kernel=None, types={}, constexprs={}, num_warps=1, num_stages=1,
-        budget=Budget(wide=False),
-    )  # fmt: skip
-    return offline.check(launch, resources, with_budget=False)
+def misfits(index):
+    return KERNELS[index].misfits()
 
 
-def main(out, jobs=2):
+def compiled(jobs):
+    with multiprocessing.get_context("fork").Pool(jobs) as pool:
+        rows = pool.map(misfits, range(len(KERNELS)), chunksize=1)
+    return {bound.name: row for bound, row in zip(KERNELS, rows, strict=True) if row}
+
+
+def main(out, jobs):
     found = binding.record(ARCH)
     pretend_cuda()
     run_cases()
@@ -158,10 +156,16 @@ def main(out, jobs=2):
     KERNELS.extend(found.values())
     presets = [launch for _, launch, _ in offline.collect([ARCH], offline.triton_kernels())]
     unbound = [x.name for x in presets if binding.key_of(x, ARCH) not in found]
-    with multiprocessing.get_context("fork").Pool(int(jobs)) as pool:
-        rows = pool.map(violations, range(len(KERNELS)), chunksize=1)
-    named = {bound.name: row for bound, row in zip(KERNELS, rows, strict=True) if row}
-    result = {"kernels": len(KERNELS), "violations": named, "unbound": unbound}
+    num_stages = defaultdict(set)
+    for bound in KERNELS:
+        module = bound.source.fn.fn.__module__.rpartition(".")[2]
+        num_stages[module].add(bound.options.num_stages)
+    result = {
+        "kernels": len(KERNELS),
+        "violations": compiled(int(jobs)) if int(jobs) else None,
+        "num_stages": {module: sorted(found) for module, found in num_stages.items()},
+        "unbound": unbound,
+    }
     Path(out).write_text(json.dumps(result, indent=1))
 
 
