@@ -1,23 +1,20 @@
 """Fills the launch table: each candidate of a kernel timed on this device, the best written down.
 
-A kernel offers candidates by a function of its <name>_triton.py:
-
-    sweep_candidates(values, arch) -> [(kernel, shape_class, numbers), ...]
-
-values  of a case;  arch  such as 90;  kernel  such as "group_norm_silu.backward", whose last part
-is the pass that is timed;  shape_class, numbers  a key and a row of launch_table.json
+What is timed, and in which order, was chosen without a GPU: sweep_candidates.py, whose file this
+reads. The best become rows of this device alone, which another of its architecture does not read.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,43 +25,77 @@ from bench.parity import mismatch
 from bench.results import Results, write_json
 from bench.subjects import Subject, dtype_for
 from bench.timing import Samples, time_in_turns
-from ddpm_fast.kernels import MODULES
+from ddpm_fast.kernels.launch import chip_of
+from ddpm_fast.kernels.offline import triton_kernels
 from ddpm_fast.kernels.spec import Case, KernelSpec
+from ddpm_fast.kernels.target import arch_of, device_name_of, why_no_triton
 
+CHOSEN = Path(__file__).with_name("sweep_candidates.json")
 TABLE_VARIABLE = "DDPM_FAST_LAUNCH_TABLE"
 SECONDS_PER_CANDIDATE = 0.15
 NEEDS_S = 3.0  # a candidate's compilation, check and time
 # Less than this better than the default is noise: no row.
 LEAST_GAIN = 1.02
 
-Table = dict[str, dict[str, dict[str, dict[str, Any]]]]  # kernel, arch, shape class
+Table = dict[str, dict[str, dict[str, dict[str, Any]]]]  # kernel, chip, shape class
+
+
+class Class(NamedTuple):
+    """A kernel and a shape class, with the first case of it and all numbers its module offers."""
+
+    kernel: str
+    shape_class: str
+    module: str  # of the kernel's Triton code
+    spec: KernelSpec
+    case: Case
+    candidates: list[Mapping[str, Any]]
+
+
+def classes(arch: int) -> list[Class]:
+    """Of all kernels that offer candidates, for the cases that are timed."""
+    found: dict[tuple[str, str], Class] = {}
+    for name in triton_kernels():
+        module = f"ddpm_fast.kernels.{name}_triton"
+        spec = import_module(f"ddpm_fast.kernels.{name}").SPEC
+        for case in spec.cases:
+            offered = (
+                [] if case.small else import_module(module).sweep_candidates(case.values, arch)
+            )
+            new: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+            for kernel, shape_class, numbers in offered:
+                new.setdefault((kernel, shape_class), []).append(numbers)
+            for key, candidates in new.items():
+                found.setdefault(key, Class(*key, module, spec, case, candidates))
+    return list(found.values())
 
 
 def sweep(results: Results, device: torch.device, ceilings: Ceilings, dry_run: bool) -> None:
-    """Sweep all kernels that offer candidates; launch_table.json lies beside the results."""
+    """Sweep the classes by their time in a step; launch_table.json lies beside the results."""
     table: Table = {}
     path = results.path.with_name("launch_table.json")
     write_json(path, table)
-    for module in MODULES:
-        found = _candidates_of(module)
-        if found is None:
-            results.add(module, why_not="offers no sweep_candidates")
+    if why := why_no_triton():
+        results.add("sweep", why_not=why)
+        return
+    known = {(found.kernel, found.shape_class): found for found in classes(arch_of(device))}
+    for row in json.loads(CHOSEN.read_text())["classes"]:
+        kernel, shape_class = row["kernel"], row["shape_class"]
+        candidates = row["candidates"]
+        name = f"{kernel} {shape_class}"
+        if (kernel, shape_class) not in known:
+            results.add(name, why_not="no case of this architecture")
+        elif results.over(name, NEEDS_S):
             continue
-        spec = import_module(f"ddpm_fast.kernels.{module}").SPEC
-        for case in [case for case in spec.cases if case.small == dry_run]:
-            for (kernel, shape_class), rows in _grouped(found(case.values, _arch(device))).items():
-                name = f"{kernel} {shape_class}"
-                known = table.get(kernel, {}).get(str(_arch(device)), {})
-                if shape_class in known or results.over(name, NEEDS_S):
-                    continue
-                if dry_run:
-                    results.add(name, why_not=f"dry run: {len(rows)} candidates not run")
-                    continue
-                best = _best(results, spec, case, kernel, shape_class, rows, device, ceilings)
-                if best:
-                    by_arch = table.setdefault(kernel, {}).setdefault(str(_arch(device)), {})
-                    by_arch[shape_class] = best
-                    write_json(path, table)
+        elif dry_run:
+            results.add(name, why_not=f"dry run: {len(candidates)} candidates not run")
+        else:
+            found = known[kernel, shape_class]
+            best = _best(
+                results, found.spec, found.case, kernel, shape_class, candidates, device, ceilings
+            )
+            if best:
+                table.setdefault(kernel, {}).setdefault(_chip(device), {})[shape_class] = best
+                write_json(path, table)
 
 
 def _best(
@@ -82,7 +113,7 @@ def _best(
     times: list[tuple[float, dict[str, Any], Samples]] = []
     default_ms = None
     for numbers in (None, *candidates):
-        row = {} if numbers is None else {kernel: {str(_arch(device)): {shape_class: numbers}}}
+        row = {} if numbers is None else {kernel: {_chip(device): {shape_class: numbers}}}
         label = "default" if numbers is None else _shown(numbers)
         name = f"{kernel} {shape_class} {case.name} {label}"
         if results.over(name, NEEDS_S):
@@ -119,26 +150,33 @@ def _time_with(
 ) -> Samples:
     """The pass under a launch table, after its parity check; ValueError if that fails."""
     dtype = dtype_for(spec, device)
+    with trial_table(table):
+        ours = Subject("ours", spec.fused, spec.tolerance[dtype])
+        backward = which != "forward"
+        if wrong := mismatch(spec, ours, case.values, dtype, device, backward=backward):
+            raise ValueError(wrong)
+        calls = calls_for(spec, spec.fused, case.values, dtype, device, which, cold=True)
+        timed = time_in_turns({"ours": calls}, device, seconds=SECONDS_PER_CANDIDATE, cold=True)
+    return timed["ours"]
+
+
+@contextmanager
+def trial_table(table: Mapping[str, Any]) -> Iterator[None]:
+    """The kernels read this launch table, and then their own again."""
     before = os.environ.get(TABLE_VARIABLE)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "launch_table.json")
         write_json(path, table)
         os.environ[TABLE_VARIABLE] = str(path)
+        _forget_tables()
         try:
-            _forget_tables()
-            ours = Subject("ours", spec.fused, spec.tolerance[dtype])
-            backward = which != "forward"
-            if wrong := mismatch(spec, ours, case.values, dtype, device, backward=backward):
-                raise ValueError(wrong)
-            calls = calls_for(spec, spec.fused, case.values, dtype, device, which, cold=True)
-            timed = time_in_turns({"ours": calls}, device, seconds=SECONDS_PER_CANDIDATE, cold=True)
+            yield
         finally:
             if before is None:
                 del os.environ[TABLE_VARIABLE]
             else:
                 os.environ[TABLE_VARIABLE] = before
             _forget_tables()
-    return timed["ours"]
 
 
 def _forget_tables() -> None:
@@ -150,28 +188,9 @@ def _forget_tables() -> None:
                     value.cache_clear()
 
 
-def _candidates_of(module: str):
-    name = f"ddpm_fast.kernels.{module}_triton"
-    if find_spec(name) is None or find_spec("triton") is None:
-        return None
-    return getattr(import_module(name), "sweep_candidates", None)
-
-
-def _grouped(
-    candidates: Sequence[tuple[str, str, Mapping[str, Any]]],
-) -> dict[tuple[str, str], list[Mapping[str, Any]]]:
-    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for kernel, shape_class, numbers in candidates:
-        groups.setdefault((kernel, shape_class), []).append(numbers)
-    return groups
-
-
 def _shown(numbers: Mapping[str, Any]) -> str:
     return ",".join(f"{key}={value}" for key, value in numbers.items())
 
 
-def _arch(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+def _chip(device: torch.device) -> str:
+    return chip_of(arch_of(device), device_name_of(device))

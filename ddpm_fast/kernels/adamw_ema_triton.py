@@ -268,11 +268,18 @@ def sweep_launch(kernel: str, values: Mapping[str, Any], arch: int) -> Launch:
 
 
 def sweep_candidates(values: Mapping[str, Any], arch: int) -> list[tuple[str, str, dict]]:
-    """Launch numbers worth timing: (kernel, shape class, numbers)."""
-    return [
-        ("adamw_ema.forward", "any", {"CHUNK": chunk, "BLOCK": block, "num_warps": warps})
+    """Launch numbers worth timing, fewest doublings from the default first."""
+    found = [
+        {"CHUNK": chunk, "BLOCK": block, "num_warps": warps}
         for chunk in (2048, 4096, 8192, 16_384, 32_768)
         for warps in (4, 8)
         for block in (128 * warps, 256 * warps, 512 * warps)  # 4, 8, 16 elements a thread
         if block <= chunk
     ]
+    default = numbers(arch)
+
+    def doublings(each: Mapping[str, int]) -> int:
+        return sum(abs(each[name].bit_length() - default[name].bit_length()) for name in each)
+
+    found.sort(key=doublings)
+    return [("adamw_ema.forward", "any", each) for each in found]
