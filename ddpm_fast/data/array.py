@@ -56,6 +56,7 @@ def open_array(
             raise DataError(
                 f"{name}: images have {num_channels} channels and are not converted;"
                 f" channels={channels} asked, allowed: {num_channels}"
+                f" (--img-channels {channels} converts them)"
             )
         notes.append(f"colours are made grey ({num_channels} to {channels} channels)")
         if channels == 3:

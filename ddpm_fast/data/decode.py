@@ -172,7 +172,7 @@ def _by_own_range(image: Image.Image, tags, float_images: str, told: list[str]) 
             "or 16 bits, or --float-images minmax to scale each such image by its own range"
         )
     values = np.asarray(image)
-    if image.mode == "I" and kinds == (_UNSIGNED,):
+    if image.mode == "I" and kinds in ((), (_UNSIGNED,)):
         values = values.view(np.uint32)  # Pillow wraps what is past 2**31
     elif image.mode == "L":
         values = values.view(np.int8)

@@ -82,13 +82,13 @@ def _first_folder(name: str, wrapper: str) -> str:
     return first if slash else ""
 
 
-def natural(name: str) -> list[str | tuple[int, str]]:
+def natural(name: str) -> tuple[list[str | tuple[int, str]], str]:
     """A key that sorts numbers within names by their values."""
     parts: list[str | tuple[int, str]] = list(re.split("([0-9]+)", name))
     for i in range(1, len(parts), 2):
         digits = parts[i].lstrip("0")
         parts[i] = (len(digits), digits)
-    return [*parts, name]
+    return parts, name
 
 
 def shown(name: str | os.PathLike) -> str:
