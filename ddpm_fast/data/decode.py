@@ -10,7 +10,7 @@ from functools import cache
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from ddpm_fast.data import png
+from ddpm_fast.data.metadata import without_metadata
 
 # Named, so that a renamed EPS or PDF never starts another program.
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
@@ -85,7 +85,7 @@ def decode(
     except (UnreadableImage, MemoryError):
         raise
     except Exception as error:  # Pillow's readers raise nearly every type on damaged bytes
-        plain = png.without_metadata(data)
+        plain = without_metadata(data)
         if plain is not None:
             with suppress(Exception):
                 return _decode(plain, tell=tell, **options)

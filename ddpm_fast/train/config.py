@@ -408,7 +408,10 @@ def preset_values(name: str) -> dict[str, Any]:
     """All TrainConfig values that a preset fixes; ValueError for an unknown one."""
     _check_preset(name)
     row = nn_config.PRESETS[name]
-    shared = {field.name for field in fields(TrainConfig)} & set(row) - {"image_size", "img_channels"}
+    shared = {field.name for field in fields(TrainConfig)} & set(row) - {
+        "image_size",
+        "img_channels",
+    }
     defaults = {"num_groups": 32} | {key: row[key] for key in shared}
     return {"preset": name, **defaults, **PRESETS[name]}
 

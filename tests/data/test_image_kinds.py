@@ -1,5 +1,6 @@
 """docs/data.md's table of image files: a row, files of that kind, the right pixels."""
 
+import io
 import re
 import struct
 import zlib
@@ -45,6 +46,25 @@ def tiff(bits, data, photometric=1, *, width=2, order="<", more=()):
         entries += struct.pack(f"{order}HHI", tag, 3, len(values)) + packed.ljust(4, b"\0")
     start = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", 8 + len(data))
     return start + data + struct.pack(f"{order}H", len(tags)) + entries + bytes(4) + beyond
+
+
+def segment(number, data):
+    """An application segment of a JPEG."""
+    return bytes([0xFF, 0xE0 + number]) + struct.pack(">H", len(data) + 2) + data
+
+
+BAD_SEGMENTS = [
+    segment(0, b"JFIF\0"), segment(1, b"Exif\0\0garbage"),
+    segment(1, b"Exif\0\0MM\0*\0\0\xff\xff"), segment(2, b"ICC_PROFILE\0"),
+    segment(2, b"MPF\0garbage"), segment(13, b"Photoshop 3.0\0008BIM"),
+    segment(13, b"Photoshop 3.0\0008BIM\3\xed"), segment(14, b"Adobe"),
+]  # fmt: skip
+
+
+def jpeg_with(bad):
+    file = io.BytesIO()
+    Image.new("L", (2, 1), 100).save(file, "JPEG", quality=100)
+    return file.getvalue()[:2] + bad + file.getvalue()[2:]
 
 
 def exif(orientation):
@@ -190,6 +210,7 @@ def cases(encode):
             (b"P5 2 1 1023\n" + struct.pack(">HH", 0, 1023), [0, WHITE]),
         ],
         "damaged metadata": [
+            *[(jpeg_with(bad), [100, 100]) for bad in BAD_SEGMENTS],
             (png(8, 0, [b"\0\xc8"], chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2**21))),
                  width=2), [0, 200]),
             (png(8, 0, [b"\0\xc8"], chunk(b"tEXt", b"a\0b")[:-1] + b"!", width=2), [0, 200]),

@@ -171,6 +171,19 @@ def test_a_colour_array_trains(train_on, tmp_path, channels):
     assert manifest_of("run")["data"]["shape"] == [4, channels or 3, 16, 16]
 
 
+def test_array_key_and_float_images_are_flags(train_on, tmp_path, refused):
+    left, right = (NOISE.integers(0, 256, (4, 16, 16), dtype=np.uint8) for _ in range(2))
+    np.savez(tmp_path / "two.npz", left=left, right=right)
+    flags = ("--data-root", tmp_path / "data", "--run-dir", tmp_path / "no")
+    assert "--array-key" in refused(main, [*SMALL_NET, *flags, "--data", "two.npz"], 1)
+    assert train_on("two.npz", "--array-key", "right") == 0
+    assert "the images are" not in Path("run/log.txt").read_text()
+    Image.fromarray(left[0].astype(np.float32)).save(tmp_path / "one.tif")
+    assert "--float-images" in refused(main, [*SMALL_NET, *flags, "--data", "one.tif"], 1)
+    assert train_on("one.tif", "--float-images", "minmax", run_dir="floats") == 0
+    assert "1 of 1 images" in Path("floats/log.txt").read_text()
+
+
 def test_a_run_folder_inside_its_data_is_no_data_and_the_run_goes_on(
     train_on, photos, tmp_path, capsys
 ):
@@ -203,11 +216,13 @@ def test_class_names_are_in_the_checkpoint_and_shown(train_on, numbered, capsys)
     assert "4 classes: 0 0, 1 1, 2 2, 3 10" in log and "no images: '0'" in log
 
 
-def test_a_resumed_run_keeps_its_class_numbers_whatever_folders_come(train_on, numbered):
-    assert train_on(numbered, "--use-labels") == 0
+@pytest.mark.parametrize("flags", [["--use-labels"], []])
+def test_a_resumed_run_keeps_its_class_numbers_whatever_folders_come(train_on, numbered, flags):
+    assert train_on(numbered, *flags) == 0
     (numbered / "00-new").mkdir()
     assert main(["--resume", "run", "--iterations", "3"]) == 0
-    assert manifest_of("run")["data"]["class_names"] == ["0", "1", "2", "10"]
+    names = manifest_of("run")["data"]["class_names"]
+    assert names == (["0", "1", "2", "10"] if flags else ["0", "00-new", "1", "2", "10"])
 
 
 def test_a_run_of_before_keeps_the_plain_order_of_its_folders(tmp_path, numbered):
