@@ -119,9 +119,10 @@ def _residuals(rows: Sequence[Row]) -> str:
 
 def _table(rows: Sequence[Row]) -> list[list[str]]:
     """A line a row, and one for each part of a step."""
-    cells = [["what", "floor ms", "predicted ms", "measured ms", "residual", "bound by"]]
+    cells = [["what", "floor ms", "predicted ms", "measured ms", "residual", "its terms, ms"]]
     for row in rows:
-        bound = max(row.terms, key=row.terms.__getitem__, default="-")
+        longest = sorted(row.terms.items(), key=lambda term: -term[1])
+        bound = ", ".join(f"{term} {ms:.3g}" for term, ms in longest) or "-"
         cells.append([row.name, *_cells(row.floor_ms, row.predicted_ms, row.measured_ms), bound])
         for part in row.predicted if len(row.predicted) > 1 else ():
             each = row.floor.get(part), row.predicted[part], row.measured.get(part)
@@ -161,10 +162,10 @@ def _kernel_plot(row: Row) -> tuple[str, list[Bar]]:
 
 
 def _text(row: Row, kind: str, ms: float, shown: str) -> str:
-    share = "" if kind == "floor" else f", {_share(row.floor_ms, ms)}"
-    return f"{kind} {shown}{share}" + (
-        f", residual {row.residual:.2f}" if kind == "measured" else ""
-    )
+    words = [f"{kind} {shown}"]
+    words += [] if kind == "floor" else [_share(row.floor_ms, ms)]
+    words += [f"residual {row.residual:.2f}"] if kind == "measured" else []
+    return ", ".join(words)
 
 
 def _share(floor_ms: float, ms: float) -> str:
