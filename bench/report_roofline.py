@@ -42,8 +42,7 @@ def roofline(device: Device, suite: Suite | None = None) -> Roofline:
 
 
 def rooflines(suites: Sequence[Suite], name: str | None = None) -> list[Roofline]:
-    """Of each suite with a ceiling to draw it against; without suites of the named device, or of
-    each whose ceilings are given."""
+    """Of each suite that has ceilings; without suites, of the named device or of all given ones."""
     if not suites:
         return [roofline(GIVEN[each]) for each in GIVEN if name in (None, each)]
     return [roofline(device, suite) for suite in suites if (device := device_of(suite))]
