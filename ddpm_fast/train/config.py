@@ -347,8 +347,8 @@ def _control_values(argv: list[str]) -> dict[str, str | None]:
             if not value or value.startswith("--"):
                 raise UsageError(f"{flag} needs a value")
             given[name] = value
-        elif name.replace("-", "_") in DECIDING and flag.startswith("--"):
-            given[name] = value
+        elif (deciding := name.replace("-", "_")) in DECIDING and flag.startswith("--"):
+            given[deciding] = value
     return given
 
 
@@ -373,11 +373,7 @@ def _base_values(
     values.pop("run_dir", None)  # a new run has its own folder
     preset = given.get("preset") or values.get("preset")
     preset_values(preset or "digits")  # ValueError for an unknown one
-    deciding = {name: values.get(name) for name in DECIDING}
-    deciding |= {
-        k.replace("-", "_"): v for k, v in given.items() if k.replace("-", "_") in DECIDING
-    }
-    choice = choose(preset, deciding)
+    choice = choose(preset, {name: given.get(name, values.get(name)) for name in DECIDING})
     base = {**preset_values(choice.preset), **choice.values, **values, "preset": choice.preset}
     return base, False, choice.notes, preset is None and bool(choice.values)
 
@@ -408,11 +404,8 @@ def preset_values(name: str) -> dict[str, Any]:
     """All TrainConfig values that a preset fixes; ValueError for an unknown one."""
     _check_preset(name)
     row = nn_config.PRESETS[name]
-    shared = {field.name for field in fields(TrainConfig)} & set(row) - {
-        "image_size",
-        "img_channels",
-    }
-    defaults = {"num_groups": 32} | {key: row[key] for key in shared}
+    names = {field.name for field in fields(TrainConfig)} - {"image_size", "img_channels"}
+    defaults = {"num_groups": 32} | {key: row[key] for key in names & set(row)}
     return {"preset": name, **defaults, **PRESETS[name]}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -34,8 +33,8 @@ def choose(preset: str | None, given: Mapping[str, Any]) -> Choice:
     given  DECIDING values, None where not given, maybe still text of the command line. Data that
            cannot be opened choose nothing: opening them says why
     """
-    data = given.get("data") or (preset or "digits") and _own_data(preset)
-    if data == "digits" or os.environ.get("RANK", "0") != "0":  # rank 0's choice is the run's
+    data = given.get("data") or _own_data(preset)
+    if data == "digits":
         return Choice(preset or "digits")
     from ddpm_fast.data import DataError
     from ddpm_fast.data.look import look
@@ -51,6 +50,7 @@ def choose(preset: str | None, given: Mapping[str, Any]) -> Choice:
 
 
 def _own_data(preset: str | None) -> str:
+    """The set that a preset names; digits without one."""
     from ddpm_fast.train.config import PRESETS
 
     return PRESETS.get(preset, {}).get("data", "digits")

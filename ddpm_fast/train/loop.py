@@ -115,7 +115,8 @@ def _train(invocation: Invocation, device: torch.device, world: World) -> None:
                 folder.write_config(replace(config, run_dir=str(path)))
             run.announce()
             if invocation.fitted and not invocation.resume:
-                display.say(length_estimate(train_step))
+                with told_if_the_net_does_not_fit():
+                    display.say(length_estimate(train_step))
             wrap_net(train_step, display.say)
             with told_if_it_cannot_go_on(
                 run.train_step, lambda: f"after step {run.step}", resumed=invocation.resume

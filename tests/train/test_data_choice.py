@@ -101,11 +101,6 @@ def test_digits_and_data_that_are_not_there_choose_nothing(argv):
     assert found == ("digits", None, None) and not invocation.notes and not invocation.fitted
 
 
-def test_only_rank_0_looks(photos, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    assert chosen("--data", photos((300, 300, 3)))[0] == ("digits", None, None)
-
-
 def test_a_preset_that_is_asked_for_decides_and_the_differences_are_told(photos):
     data = photos((300, 300, 3), (20, 20))
     found, invocation = chosen("--data", data, "--preset", "digits")
