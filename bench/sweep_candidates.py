@@ -17,8 +17,9 @@ timed;  shape_class, numbers  a key and a row of launch_table.json
 from __future__ import annotations
 
 import argparse
+import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib import import_module
 from pathlib import Path
@@ -26,7 +27,6 @@ from typing import Any
 
 import torch
 
-from bench.results import write_json
 from bench.sweep import CHOSEN, Class, classes, trial_table
 from ddpm_fast.kernels import offline
 from ddpm_fast.kernels.spec import Launch
@@ -115,9 +115,15 @@ def main() -> None:
     with ProcessPoolExecutor(parser.parse_args().jobs) as pool:
         rows = list(pool.map(_row, range(len(classes(ARCH)))))
     rows.sort(key=lambda row: -row["predicted_step_us"])
+    write(rows)
+
+
+def write(rows: Sequence[Mapping[str, Any]]) -> None:
+    """A class a line, with the Triton that compiled them."""
     import triton
 
-    write_json(CHOSEN, {"triton": triton.__version__, "arch": ARCH, "classes": rows})
+    lines = ",\n".join(map(json.dumps, rows))
+    CHOSEN.write_text(f'{{"triton": "{triton.__version__}", "classes": [\n{lines}\n]}}\n')
 
 
 if __name__ == "__main__":

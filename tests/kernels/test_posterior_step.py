@@ -242,7 +242,7 @@ def test_fp64_has_no_kernel(where, monkeypatch):
     for name in ("x_t", "model_output"):
         arguments = inputs(2, 3, 4, 4, impl="fused" if where == "argument" else "auto")
         arguments[name] = arguments[name].double()
-        with pytest.raises(ValueError, match='fused.*float64, must be torch.float32'):
+        with pytest.raises(ValueError, match="fused.*float64, must be torch.float32"):
             ops.posterior_step(**arguments)
 
 

@@ -91,7 +91,7 @@ def test_fp64_has_no_kernel(where, monkeypatch):
     x_0, impl = images(2, 3, 4, 4), "fused" if where == "argument" else "auto"
     for changes in ({"x_0": x_0.double()}, {"out_dtype": torch.float64}):
         arguments = {"x_0": x_0, "t": times(2), "alphas_cumprod": ABAR, "impl": impl} | changes
-        with pytest.raises(ValueError, match='fused.*float64, must be torch.float32'):
+        with pytest.raises(ValueError, match="fused.*float64, must be torch.float32"):
             ops.q_sample(**arguments)
 
 
