@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.ceilings import MOST_PERCENT, is_above
+from bench.environment import COMMIT_VARIABLE, UNKNOWN_COMMIT
 from bench.report_data import BadResults, Comparison, DryRun, Row, Suite, comparisons, load, short
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -228,6 +229,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.markdown:
             args.markdown.write_text(markdown(found))
         if args.readme:
+            if unknown := [suite.path for suite in suites if suite.commit == UNKNOWN_COMMIT]:
+                raise BadResults(
+                    f"{unknown[0]}: its commit is unknown, README shows results of a known one:"
+                    f" measure with {COMMIT_VARIABLE} set where .git is absent"
+                )
             put_between_markers(args.readme, readme_table(suites))
     except (BadResults, DryRun, OSError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
