@@ -7,7 +7,7 @@ one at a time, what is measured: profiles by kernel name and convolutions.
 
 A line for each check as it comes, which is also one of DIR/smoke.jsonl:
     check   its name
-    status  "green", "red", or "no time": something measured that was left out
+    status  "green", "red", or "no time": an optional one that was left out
     s       seconds that it took
     found   what it found, an object of its own kind (smoke_checks.py; a profile's schema stands in
             step_profile.py)
@@ -41,10 +41,11 @@ from bench.step_profile import text_of
 
 JSONL = "smoke.jsonl"
 MARK = "FOUND "  # before a check's result in what its process prints
-SECONDS, DRY_RUN_SECONDS = 170.0, 400.0
-LEAST_S = 15.0  # of what is measured: less is not enough to begin
+SECONDS, DRY_RUN_SECONDS = 170.0, 600.0
+LEAST_S = 15.0  # of an optional check: less is not enough to begin
 BESIDE = 6  # checks at a time, at most; each has a process that compiles
 TOLERANCE = 1e-2  # of the losses, relative: bf16 rounds outputs to 4e-3
+WIDTH = 900  # characters of a line
 SLOWER = 4  # may a check be in a dry run
 LAST_WORDS = 600  # characters of a check that failed
 Row = dict[str, Any]
@@ -62,15 +63,15 @@ class Smoke:
     tell: Callable[[Row], None]
     rows: list[Row] = field(default_factory=list)
 
-    def run(self) -> str:
-        """Run all checks; returns the verdict."""
+    def run(self) -> list[Row]:
+        """Run all checks; returns their rows."""
         self._end = time.monotonic() + self.seconds
         beside = [name for name in CHECKS if name not in FIRST and not CHECKS[name].alone]
         alone = [name for name in CHECKS if CHECKS[name].alone]
         for names, most in ((FIRST, 1), (beside, BESIDE), (alone, 1)):
             with ThreadPoolExecutor(max(1, min(most, (os.cpu_count() or 1) // 2))) as pool:
                 try:
-                    for done in as_completed([pool.submit(self._run, name) for name in names]):
+                    for done in as_completed([pool.submit(self._row, name) for name in names]):
                         self._add(done.result())
                 except BaseException:
                     pool.shutdown(wait=False, cancel_futures=True)
@@ -78,7 +79,7 @@ class Smoke:
                     raise
             if names is beside:
                 self._add(compare_losses(self.rows))
-        return verdict(self.rows)
+        return self.rows
 
     def _add(self, row: Row) -> None:
         self.rows.append(row)
@@ -88,29 +89,35 @@ class Smoke:
         command = [sys.executable, "-m", "bench.smoke", "--only", name]
         return [*command, "--dry-run"] if self.dry_run else command
 
-    def _run(self, name: str) -> Row:
+    def _row(self, name: str) -> Row:
         check, start = CHECKS[name], time.monotonic()
         left_s = self._end - start
-        if check.alone and left_s < LEAST_S:
-            return {"check": name, "status": "no time", "s": 0.0}
-        if left_s < 1.0:
-            return {"check": name, "status": "red", "s": 0.0, "why": "no time was left"}
+        row: Row = {"check": name, "status": "green"}
+        if left_s < (LEAST_S if check.optional else 1.0):
+            status = "no time" if check.optional else "red"
+            return row | {"status": status, "s": 0.0, "why": "no time was left"}
         limit_s = min(check.limit_s * (SLOWER if self.dry_run else 1), left_s)
-        interprets = {"TRITON_INTERPRET": "1"} if self.dry_run and check.interprets else None
+        try:
+            row |= self._outcome(name, limit_s)
+        except Exception as error:  # such as no memory for another process
+            row |= {"status": "red", "why": failure(error)}
+        if check.optional and limit_s == left_s and row.get("why", "").startswith("over"):
+            row["status"] = "no time"
+        return row | {"s": round(time.monotonic() - start, 1)}
+
+    def _outcome(self, name: str, limit_s: float) -> Row:
+        """found, and status and why where it is not green."""
+        interprets = {"TRITON_INTERPRET": "1"} if self.dry_run and CHECKS[name].interprets else None
         lines: list[str] = []
         code = processes.run_limited(self._command(name), limit_s, lines.append, interprets)
-        row = {"check": name, "status": "green", "s": round(time.monotonic() - start, 1)}
         found = next((line for line in reversed(lines) if line.startswith(MARK)), None)
-        if found is not None:
-            row["found"] = json.loads(found.removeprefix(MARK))
+        row: Row = {} if found is None else {"found": json.loads(found.removeprefix(MARK))}
         if found is None or code != 0:
             said = " ".join("".join(lines).split())[-LAST_WORDS:]
             how = f"over {limit_s:.0f} s" if code is None else f"exit code {code}"
-            row |= {"status": "red", "why": f"{how}: {said}"}
-            if code is None and check.alone and limit_s < check.limit_s:
-                row["status"] = "no time"
-        elif "red" in row["found"]:
-            row |= {"status": "red", "why": row["found"].pop("red")}
+            return row | {"status": "red", "why": f"{how}: {said}"}
+        if "red" in row["found"]:
+            return row | {"status": "red", "why": row["found"].pop("red")}
         return row
 
 
@@ -141,24 +148,31 @@ def _furthest(losses: Sequence[float], eager: Sequence[float]) -> float:
     return max(far, key=lambda each: (math.isnan(each), each))
 
 
-def verdict(rows: Sequence[Row]) -> str:
-    """ "go on", or what is red; and what there was no time for."""
+def verdict(rows: Sequence[Row], unwritten: str = "") -> str:
+    """ "go on", or what is red; and what there was no time for.
+
+    unwritten  why files could not be written; "" if they were
+    """
     red, late = (
-        ", ".join(row["check"] for row in rows if row["status"] == status)
-        for status in ("red", "no time")
+        [row["check"] for row in rows if row["status"] == status] for status in ("red", "no time")
     )
-    return (f"red: {red}" if red else "go on") + (f"; no time for: {late}" if late else "")
+    red += [f"files ({unwritten})"] if unwritten else []
+    said = f"red: {', '.join(red)}" if red else "go on"
+    return said + (f"; no time for: {', '.join(late)}" if late else "")
 
 
 def line_of(row: Row) -> str:
-    """A row on one line of a terminal; a profile and a table of times by its head."""
+    return f"{row['status']:<7} {row['s']:6.1f} s  {row['check']:<28} {_shown(row)}"
+
+
+def _shown(row: Row) -> str:
+    """What a row found, a profile by its sums; or why it is red."""
     found = dict(row.get("found", {}))
-    profile = found.pop("profile", None)
-    if profile:
+    if profile := found.pop("profile", None):
         share = 100 * profile["short_us"] / max(profile["us"], 1e-9)
         found |= {"kernels a step": profile["calls"], "percent of time under 3 us": round(share, 1)}
-    shown = row.get("why") or " ".join(f"{name}={value}" for name, value in found.items())
-    return f"{row['status']:<7} {row['s']:6.1f} s  {row['check']:<28} {shown[:900]}"
+    text = row.get("why") or " ".join(f"{name}={value}" for name, value in found.items())
+    return text[:WIDTH]
 
 
 class Files:
@@ -204,11 +218,11 @@ def run_stage(results: Results, dry_run: bool) -> bool:
         found = row.get("found", {})
         results.add(
             row["check"], **columns, seconds=row["s"],
-            **({"found": line_of(row)[:300]} if not columns and found else {}),
+            **({} if columns else {"found": _shown(row)[:300]}),
             **{name: found[name] for name in ("profile", "us", "losses") if name in found},
         )  # fmt: skip
 
-    found = Smoke(results.left_s(), dry_run, tell).run()
+    found = verdict(Smoke(results.left_s(), dry_run, tell).run(), files.why_not)
     results.rows[0]["found"] = f"smoke: {found}"
     results.save()
     return not found.startswith("red")
@@ -267,12 +281,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         files.add(row)
 
     processes.stop_on_sigterm()
-    found = Smoke(seconds, args.dry_run, tell).run()
-    if files.why_not:
-        separator = ", " if found.startswith("red") else ""
-        print(f"{args.out} cannot be written: {files.why_not}{separator}")
+    found = verdict(Smoke(seconds, args.dry_run, tell).run(), files.why_not)
     print(f"{'DRY RUN: ' if args.dry_run else ''}{found}")
-    return 1 if found.startswith("red") or files.why_not else 0
+    return 1 if found.startswith("red") else 0
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def run(monkeypatch):
 
     def run(codes, seconds=60.0, alone=(), limit_s=20.0):
         checks = {
-            name: Check(lambda device, tiny: {}, limit_s, alone=name in alone)
+            name: Check(lambda *_: {}, limit_s, alone=name in alone, optional=name in alone)
             for name in (*FIRST, *codes)
         }
         monkeypatch.setattr(smoke, "CHECKS", checks)
@@ -44,7 +44,7 @@ def run(monkeypatch):
             Smoke, "_command", lambda self, name: [sys.executable, "-c", codes.get(name, FOUND)]
         )
         rows = []
-        said = Smoke(seconds, True, rows.append).run()
+        said = verdict(Smoke(seconds, True, rows.append).run())
         return {row["check"]: row for row in rows}, said
 
     return run
@@ -92,8 +92,28 @@ def test_what_is_measured_is_left_out_without_time_and_a_check_is_red():
 def test_a_check_that_had_no_time_is_red_unless_it_measures(run):
     slow = f"import time; time.sleep(2); {FOUND}"
     rows, said = run({"slow": slow, "late": FOUND, "timed": FOUND}, seconds=3.0, alone=("timed",))
-    assert rows["timed"]["status"] == "no time"
+    assert rows["timed"]["status"] == "no time" and rows["late"]["status"] == "red"
     assert said.startswith("red: ") and said.endswith("no time for: timed")
+
+
+def test_a_check_that_cannot_be_started_is_red_and_the_others_go_on(run, monkeypatch):
+    started = smoke.processes.run_limited
+
+    def limited(command, *arguments):
+        if "raise" in command[-1]:
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return started(command, *arguments)
+
+    monkeypatch.setattr(smoke.processes, "run_limited", limited)
+    rows, said = run({"bad": "raise", "good": FOUND})
+    assert said == "red: bad" and "allocate" in rows["bad"]["why"]
+
+
+def test_only_what_is_measured_or_only_warms_a_cache_may_be_left_out():
+    assert {name.split()[0] for name, check in CHECKS.items() if check.optional} == {
+        "compile", "profile", "convolutions"
+    }  # fmt: skip
+    assert all(check.optional for check in CHECKS.values() if check.alone)
 
 
 def losses_of(**changed):
@@ -177,9 +197,11 @@ def test_on_a_full_disk_the_lines_stay_and_the_verdict_says_so(tmp_path, monkeyp
         raise OSError(errno.ENOSPC, "No space left on device")
 
     def run(self):
-        self.tell(dict(check="a", status="green", s=1.0, found={"x": 1}))
-        self.tell(dict(check="b", status="green", s=1.0))
-        return "go on"
+        rows = [dict(check="a", status="green", s=1.0, found={"x": 1})]
+        rows.append(dict(check="b", status="green", s=1.0))
+        for row in rows:
+            self.tell(row)
+        return rows
 
     monkeypatch.setattr(Smoke, "run", run)
     monkeypatch.setattr(smoke, "open", full, raising=False)
@@ -187,7 +209,8 @@ def test_on_a_full_disk_the_lines_stay_and_the_verdict_says_so(tmp_path, monkeyp
     assert smoke.main(["--dry-run", "--out", str(tmp_path)]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines if line.startswith("green")] == ["green"] * 2
-    assert sum("No space left" in line for line in lines) == 2 and lines[-1].endswith("go on")
+    assert sum("No space left" in line for line in lines[:-1]) == 1
+    assert lines[-1].startswith("DRY RUN: red: files (No space left")
 
 
 def test_an_earlier_runs_lines_are_kept(tmp_path):
@@ -199,9 +222,11 @@ def test_an_earlier_runs_lines_are_kept(tmp_path):
 
 def test_as_a_stage_the_verdict_is_the_first_row(tmp_path, monkeypatch):
     def run(self):
-        self.tell(dict(check="a", status="green", s=1.0, found={"losses": [1.0]}))
-        self.tell(dict(check="b", status="red", s=1.0, why="wrong"))
-        return "red: b"
+        rows = [dict(check="a", status="green", s=1.0, found={"losses": [1.0]})]
+        rows.append(dict(check="b", status="red", s=1.0, why="wrong"))
+        for row in rows:
+            self.tell(row)
+        return rows
 
     monkeypatch.setattr(Smoke, "run", run)
     results = Results(tmp_path / "smoke.json", "smoke", 100.0)
