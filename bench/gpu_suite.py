@@ -72,7 +72,7 @@ Before it, where there is a network, into a folder that travels with the checkou
     python -m bench.gpu_suite --wheels wheels
 Each call, from the checkout's root; HASH is what `git rev-parse --short HEAD` says here, as .git
 may stay behind; OUT is a folder that comes back, of at most 8 files of 16 MiB:
-    python3 -m pip install -q --no-index --no-deps --target /tmp/site wheels/*.whl
+    python3 -m pip install -q --no-index --no-deps --no-compile --target /tmp/site wheels/*.whl
     export PYTHONPATH=/tmp/site DDPM_FAST_COMMIT=HASH
     export TORCHINDUCTOR_CACHE_DIR=/tmp/caches/inductor TRITON_CACHE_DIR=/tmp/caches/triton
     cat caches/part.* | tar xz -C /tmp     # where an earlier call's have been brought along

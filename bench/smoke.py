@@ -230,7 +230,7 @@ def run_stage(results: Results, dry_run: bool) -> bool:
 
 def run_check(name: str, dry_run: bool) -> int:
     """One check in this process, its result on a line of its own."""
-    device = torch.device("cpu" if dry_run else "cuda")
+    device = torch.device("cpu") if dry_run else torch.device("cuda", 0)
     torch.backends.cudnn.benchmark = CHECKS[name].alone
     if dry_run:
         torch.set_num_threads(1)
