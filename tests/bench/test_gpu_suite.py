@@ -31,7 +31,7 @@ WITHOUT_SMOKE = [stage for stage in STAGES if stage != "smoke"]
 
 def suite(*arguments):
     command = [sys.executable, "-m", "bench.gpu_suite", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200)
 
 
 @pytest.mark.slow
