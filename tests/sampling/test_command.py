@@ -1,5 +1,6 @@
 """python -m ddpm_fast.sample: its files, where it goes on, and what it refuses."""
 
+import functools
 import json
 import threading
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm_fast import UNet, images
+from ddpm_fast import UNet, checkpoint, images
 from ddpm_fast.diffusion.sampler import sample_images
 from ddpm_fast.loading import load_trained
 from ddpm_fast.nn import config as nn_config
@@ -40,6 +41,10 @@ def draw(tmp_path, tiny_run):
 def numbered(folder):
     """file name -> bytes, of the images alone."""
     return {p.name: p.read_bytes() for p in sorted(folder.glob("[0-9]*.png"))}
+
+
+def beside(folder, name):
+    return folder.with_name(f"{folder.name}-{name}")
 
 
 def pixels(path):
@@ -146,7 +151,7 @@ def test_another_batch_size_changes_no_pixel_by_more_than_one(draw, tmp_path):
 
 @pytest.mark.parametrize(
     "flags", [("--seed", 1), ("--steps", 2), ("--sampler", "ddpm"), ("--eta", 0.5), ("--no-ema",),
-              ("--spacing", "trailing"), ("--no-clip",)]
+              ("--spacing", "leading"), ("--no-clip",)]
 )  # fmt: skip
 def test_a_folder_of_other_settings_is_refused_and_kept(draw, refused, tree, tiny_run, flags):
     folder = draw()
@@ -197,14 +202,14 @@ def test_of_hidden_files_only_what_a_killed_process_left_is_removed(draw):
 
 def test_the_grid_shows_the_images_in_order(draw):
     folder = draw()
-    page = pixels(folder / "grid.png")
+    page = pixels(beside(folder, "grid.png"))
     assert page.shape == (2 + 2 * 66, 2 + 3 * 66)  # 2 rows of 3, 16 pixels four times as large
     cell = page[2 + 66 : 66 + 66, 2 + 66 : 66 + 66]
     np.testing.assert_array_equal(cell[::4, ::4], pixels(folder / "00000004.png"))
 
 
 def test_the_grid_can_be_left_out(draw):
-    assert not (draw("--no-grid") / "grid.png").exists()
+    assert not beside(draw("--no-grid"), "grid.png").exists()
 
 
 def test_the_npz_holds_all_images_as_uint8_nhwc(draw):
@@ -220,13 +225,13 @@ def test_the_npz_holds_all_images_as_uint8_nhwc(draw):
 def test_the_gif_goes_from_noise_to_the_images(draw):
     """Its colours are quantised: the last frame is the page of images to a few grey levels."""
     folder = draw("--gif", "--num-images", 4)
-    with Image.open(folder / "denoising.gif") as picture:
+    with Image.open(beside(folder, "denoising.gif")) as picture:
         assert picture.is_animated and picture.n_frames == 3
         picture.seek(2)
         last = np.asarray(picture.convert("L")).astype(int)
         picture.seek(0)
         first = np.asarray(picture.convert("L")).astype(int)
-    page = pixels(folder / "grid.png").astype(int)
+    page = pixels(beside(folder, "grid.png")).astype(int)
     assert abs(last - page).max() <= 4
     assert abs(first - page).mean() > 1
 
@@ -258,6 +263,134 @@ def test_the_gif_has_20_to_40_frames_for_any_number_of_steps(monkeypatch, tiny_r
     options = SampleOptions(checkpoint="x", steps=steps, num_images=4)
     pages = command._denoising(options, trained, None)
     assert 20 <= len(pages) <= 40
+
+
+def test_the_folder_of_images_holds_the_samples_and_their_record_alone(draw):
+    """Pages beside it are no samples: readers of the folder, FID tools too, would take them."""
+    folder = draw("--gif")
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"samples.json", *numbered(folder)} and len(names) == 7
+    pages = {path.name for path in folder.parent.glob("out-*")}
+    assert pages == {"out-grid.png", "out-denoising.gif"}
+
+
+def test_a_page_that_is_not_the_folders_own_is_kept_and_refused(draw, refused, tiny_run, tmp_path):
+    page = tmp_path / "out-grid.png"
+    page.write_bytes(b"mine")
+    argv = ["--checkpoint", tiny_run, "--out", tmp_path / "out", "--num-images", 2, "--steps", 2]
+    assert f"{page} is there" in refused(main, argv, 2)
+    assert page.read_bytes() == b"mine" and not (tmp_path / "out").exists()
+    folder = draw("--no-grid")  # the folder's own now, but not the page
+    argv[-1] = 3
+    assert f"{page} is there" in refused(main, argv, 2)
+    page.unlink()
+    draw()
+    drawn = page.read_bytes()
+    draw()  # its own page is written again
+    assert page.read_bytes() == drawn and len(numbered(folder)) == 6
+
+
+def test_a_page_lies_beside_the_folder_however_it_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path, page in (("a/b", "a/b-grid.png"), (".", f"../{tmp_path.name}-grid.png")):
+        folder = SampleFolder(Path(path), {}, shape=(1, 4, 4))
+        assert folder.page("grid.png").resolve() == Path(page).resolve()
+
+
+def test_the_default_steps_given_are_the_default(tiny_run, tmp_path):
+    """One folder: what the pixels depend on is how many were taken, not how they were asked for."""
+    folder = tmp_path / "default"
+    argv = ["--checkpoint", str(tiny_run), "--out", str(folder), "--num-images", "2"]
+    assert main(argv) == 0
+    before, record = numbered(folder), json.loads((folder / "samples.json").read_text())
+    assert record["steps"] == 5  # the run has 5 timesteps, fewer than 50
+    assert main([*argv, "--steps", "5"]) == 0 and numbered(folder) == before
+    (folder / "samples.json").write_text(json.dumps({**record, "steps": None}))  # as it once was
+    assert main([*argv, "--steps", "5"]) == 0 and numbered(folder) == before
+
+
+def test_an_image_of_another_size_in_the_folder_is_one_line_and_is_kept(draw, refused, tiny_run):
+    folder = draw()
+    foreign = folder / "00000004.png"
+    images.save_png(foreign, np.zeros((8, 16, 3), np.uint8))
+    before = foreign.read_bytes()
+    argv = ["--checkpoint", tiny_run, "--out", folder, "--num-images", 6, "--steps", 3]
+    assert f"{foreign} is an image of other 16x8 pixels" in refused(main, argv, 2)
+    assert foreign.read_bytes() == before
+
+
+@pytest.fixture
+def sick_run(tiny_run, tmp_path):
+    """A run whose averaged net gives infinity."""
+    saved = checkpoint.load(tiny_run / "checkpoints" / "step_00000004")
+    saved.parts["ema"]["out_conv.bias"].fill_(float("inf"))
+    facts = {k: saved.manifest[k] for k in ("seed", "ema_updates", "net", "diffusion")}
+    checkpoint.save(tmp_path / "sick" / "checkpoints", 4, saved.parts, facts, keep=1)
+    return tmp_path / "sick"
+
+
+def test_images_that_are_not_finite_are_an_error_and_nothing_of_them_is_written(
+    sick_run, refused, tmp_path
+):
+    out = tmp_path / "none"
+    argv = ["--checkpoint", sick_run, "--out", out, "--num-images", 3, "--batch-size", 2, "--gif"]
+    message = refused(main, argv, 1)
+    assert "not finite" in message and "at timestep 4 for 2 images: 0, 1" in message
+    assert not numbered(out) and not list(tmp_path.glob("none-*"))
+
+
+def test_classes_may_be_named_where_the_run_kept_names(tiny_class_run, tmp_path, refused):
+    saved = checkpoint.load(tiny_class_run / "checkpoints" / "step_00000004")
+    names = ["cat", "dog", *(f"class {i}" for i in range(2, 9)), "3"]
+    facts = {k: saved.manifest[k] for k in ("seed", "ema_updates", "net", "diffusion")}
+    for place in ({"class_names": names}, {"data": {"class_names": names}}):
+        run = tmp_path / next(iter(place))
+        checkpoint.save(run / "checkpoints", 4, saved.parts, facts | place, keep=1)
+        trained = load_trained(run)
+        assert trained.class_names == tuple(names)
+        options = parse_options(["--checkpoint", str(run), "--classes", "dog,cat,5,3"])
+        assert list(command._class_numbers(options, trained)) == [1, 0, 5, 9]
+        argv = ["--checkpoint", run, "--out", tmp_path / "no", "--classes", "cot"]
+        assert "cot (did you mean 'cat'?)" in refused(main, argv, 2)
+    for unsound in ({"class_names": names[:3]}, {"class_names": "cat"}, {"data": 5}):
+        run = tmp_path / "unsound"
+        checkpoint.save(run / "checkpoints", 4, saved.parts, facts | unsound, keep=1)
+        assert load_trained(run).class_names == ()
+
+
+@pytest.mark.parametrize(
+    "flags, choice",
+    [((), "auto"), (("--compile",), "on"), (("--no-compile",), "off"), (("--compile", "off"), "off"),
+     (("--compile", "auto"), "auto"), (("--compile=true",), "on")],
+)  # fmt: skip
+def test_compile_is_a_choice_and_a_bare_flag(flags, choice):
+    assert parse_options(["--checkpoint", "x", *flags]).compile == choice
+
+
+def test_compiled_images_are_those_of_the_same_command_without(draw, monkeypatch, tmp_path, capsys):
+    """By a backend of no roundings of its own; a compiler that fails is one line."""
+    expected = numbered(draw())
+    compiled = functools.partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", compiled)
+    torch.compiler.reset()
+    assert numbered(draw("--compile", out=tmp_path / "compiled")) == expected
+    assert "compiling: " in capsys.readouterr().out
+
+    def broken(*_):
+        raise RuntimeError("no compiler\nhere")
+
+    monkeypatch.setattr(torch, "compile", functools.partial(compiled.func, backend=broken))
+    torch.compiler.reset()
+    assert numbered(draw("--compile", out=tmp_path / "eager")) == expected
+    told = [li for li in capsys.readouterr().err.splitlines() if "without torch.compile" in li]
+    assert len(told) == 1 and told[0].startswith("warning: ")
+    torch.compiler.reset()
+
+
+def test_a_start_that_is_too_low_is_one_line(draw, capsys):
+    draw("--spacing", "leading")
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1 and told[0].startswith("warning: spacing='leading' with steps=3 begins")
 
 
 def test_classes_are_drawn_in_turn(draw, tiny_class_run, tmp_path):
