@@ -188,8 +188,8 @@ def test_of_a_checkpoint_with_both_the_averages_are_taken_unless_told_otherwise(
 
 def test_a_pth_with_a_class_bias_of_no_rows_or_unsound_betas_is_one_error(tmp_path):
     state = torch.load(GOLDEN / "seed_classes.pth", weights_only=True)
-    path, (name, *_) = tmp_path / "a.pth", [n for n in state if n.endswith("class_bias.weight")]
-    for changes in ({name: torch.tensor(1.0)}, {"betas": torch.tensor([2.0])}):
+    path, biases = tmp_path / "a.pth", [n for n in state if n.endswith("class_bias.weight")]
+    for changes in (dict.fromkeys(biases, torch.tensor(1.0)), {"betas": torch.tensor([2.0])}):
         torch.save({**state, **changes}, path)
         for net in ({"config": golden_config("seed_classes")}, {"preset": "digits"}):
             with pytest.raises(CheckpointError, match="a.pth") as caught:

@@ -171,14 +171,16 @@ class Sampler:
             self.shape = tuple(positive("shape entry", size) for size in shape)
         self.device = running_device(net, None, device)
         self._dtype = dtype or own_dtype(net) or torch.float32
-        self._source, self.net = net, in_dtype(net, dtype)
+        self._table = proc.table(self.device)
+        self._source = net
+        with torch.inference_mode(False):  # or they could not be written to outside of it
+            self.net = in_dtype(net, dtype)
+            self._make_buffers(null_class)
         self._forward: Callable[..., Tensor] = self.net
         self._update = {
             "eta": eta if sampler == "ddim" else None, "variance": variance, "clip": clip,
             "recompute_eps": recompute_eps, "guidance": guidance,
         }  # fmt: skip
-        self._table = proc.table(self.device)
-        self._make_buffers(null_class)
         self._capture_anew()
 
     def _make_buffers(self, null_class: int | None) -> None:
@@ -221,12 +223,12 @@ class Sampler:
         )  # fmt: skip
         if x_T is None and self._low_start is not None:
             warnings.warn(self._low_start, stacklevel=2)
-        self._follow_net(num_images)
-        images = torch.empty((num_images, *self.shape), dtype=self._x.dtype, device=self.device)
-        self._all_failed = failed = self._failed.new_full((num_images,), -1)
-        self._first = first_index
-        # no_grad, as inference tensors could not be differentiated inside a net that guides itself
-        with torch.no_grad(), eval_mode(self.net):
+        # No inference tensors: a net that guides itself differentiates its input.
+        with torch.inference_mode(False), torch.no_grad(), eval_mode(self.net):
+            self._follow_net(num_images)
+            images = self._x.new_empty((num_images, *self.shape))
+            self._all_failed = failed = self._failed.new_full((num_images,), -1)
+            self._first = first_index
             self._seed.fill_(seed)
             for start in range(0, num_images, self.batch_size):
                 rows = slice(start, start + self.batch_size)

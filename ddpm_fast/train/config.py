@@ -18,6 +18,7 @@ from ddpm_fast.nn.config import UNetConfig
 
 PROG = "python -m ddpm_fast.train"
 CONFIG_NAME = "config.json"
+MOST_SAMPLES = 2**16  # a page of 256 x 256 images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +155,8 @@ class TrainConfig:
                      "sample_steps"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.sample_images > MOST_SAMPLES:
+            raise ValueError(f"sample_images={self.sample_images} must be at most {MOST_SAMPLES}")
         for name in ("sample_every", "checkpoint_every", "warmup_steps", "grad_clip",
                      "weight_decay", "keep_every"):  # fmt: skip
             if not getattr(self, name) >= 0:

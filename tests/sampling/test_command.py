@@ -360,11 +360,11 @@ def test_classes_may_be_named_where_the_run_kept_names(tiny_class_run, tmp_path,
 
 @pytest.mark.parametrize(
     "flags, choice",
-    [((), "auto"), (("--compile",), "on"), (("--no-compile",), "off"), (("--compile", "off"), "off"),
-     (("--compile", "auto"), "auto"), (("--compile=true",), "on")],
+    [("", "auto"), ("--compile", "on"), ("--no-compile", "off"), ("--compile off", "off"),
+     ("--compile auto", "auto"), ("--compile=true", "on")],
 )  # fmt: skip
 def test_compile_is_a_choice_and_a_bare_flag(flags, choice):
-    assert parse_options(["--checkpoint", "x", *flags]).compile == choice
+    assert parse_options(["--checkpoint", "x", *flags.split()]).compile == choice
 
 
 def test_compiled_images_are_those_of_the_same_command_without(draw, monkeypatch, tmp_path, capsys):

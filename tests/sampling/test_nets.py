@@ -115,6 +115,18 @@ def test_a_net_may_differentiate_inside():
     torch.testing.assert_close(found, plain, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_sampler_of_inference_mode_works_outside_of_it_and_the_reverse(net, dtype):
+    expected = draw(net, dtype=dtype)
+    with torch.inference_mode():
+        inside = df.Sampler(net, PROC, steps=3, batch_size=2, dtype=dtype)
+        assert torch.equal(inside(3), expected)
+    assert torch.equal(inside(3), expected)
+    outside = df.Sampler(net, PROC, steps=3, batch_size=2, dtype=dtype)
+    with torch.inference_mode():
+        assert torch.equal(outside(3), expected)
+
+
 # --- outputs
 
 

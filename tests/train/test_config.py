@@ -130,6 +130,7 @@ def test_a_config_that_is_none_is_refused(tmp_path, text):
     [
         ("--iterations 0", "iterations=0 must be at least 1"),
         ("--batch-size -3", "batch_size=-3 must be at least 1"),
+        ("--sample-images 1000000000000", "sample_images=1000000000000 must be at most 65536"),
         ("--learning-rate nan", "learning_rate=nan must be positive and finite"),
         ("--learning-rate inf", "learning_rate=inf must be positive and finite"),
         ("--ema-decay 1", "ema_decay=1.0, extra_ema_decays=(): each must be in [0, 1)"),
