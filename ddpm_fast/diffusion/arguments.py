@@ -59,7 +59,9 @@ def as_classes(y: Any, device: torch.device | None = None) -> Tensor:
     raises  ValueError  floats, which would be cut, bools, or another shape
     """
     try:
-        y = torch.as_tensor(y, device=device)
+        if not isinstance(y, Tensor):
+            y = torch.as_tensor(y, device="cpu")  # not torch's default device
+        y = y.to(device)
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"{given('y', y)} must be classes, (N,) int64") from None
     wrong = y.dtype == torch.bool or y.is_floating_point() or y.is_complex()

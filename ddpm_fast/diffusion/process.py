@@ -180,7 +180,8 @@ class Diffusion:
     def table(self, device: torch.device) -> Tensor:
         """alphas_cumprod on a device, copied there once."""
         if device not in self._tables:
-            self._tables[device] = self.alphas_cumprod.to(device)
+            with torch.inference_mode(False):  # training may save it for backward later
+                self._tables[device] = self.alphas_cumprod.to(device)
         return self._tables[device]
 
 

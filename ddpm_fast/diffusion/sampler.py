@@ -169,6 +169,8 @@ class Sampler:
             self.shape = image_shape(net, None, None, None)
         else:
             self.shape = tuple(positive("shape entry", size) for size in shape)
+            if len(self.shape) != 3:
+                raise ValueError(f"shape={self.shape} must be (C, H, W)")
         self.device = running_device(net, None, device)
         self._dtype = dtype or own_dtype(net) or torch.float32
         self._table = proc.table(self.device)

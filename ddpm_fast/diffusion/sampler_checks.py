@@ -97,7 +97,8 @@ def start_of(x_T: Tensor | None) -> Tensor | None:
     """x_T as a tensor; ValueError unless it is floating (N, C, H, W)."""
     if x_T is None:
         return None
-    x_T = torch.as_tensor(x_T)
+    if not isinstance(x_T, Tensor):
+        x_T = torch.as_tensor(x_T, device="cpu")
     if x_T.ndim != 4:
         raise ValueError(f"x_T has shape {tuple(x_T.shape)}, must be (N, C, H, W)")
     if not x_T.is_floating_point():

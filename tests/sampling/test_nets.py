@@ -127,6 +127,13 @@ def test_a_sampler_of_inference_mode_works_outside_of_it_and_the_reverse(net, dt
         assert torch.equal(outside(3), expected)
 
 
+def test_a_table_first_used_in_inference_mode_can_be_trained_with():
+    proc, meta = df.Diffusion("cosine", 20), torch.device("meta")
+    with torch.inference_mode():
+        proc.table(meta)
+    assert not proc.table(meta).is_inference()
+
+
 # --- outputs
 
 
@@ -243,6 +250,8 @@ def test_an_argument_that_would_be_ignored_or_misread_is_refused(net, changes, t
 
 def test_a_sampler_refuses_an_x_T_that_would_broadcast(net):
     sampler = df.Sampler(net, PROC, steps=2, batch_size=2)
+    with pytest.raises(ValueError, match="shape=.8, 8. must be"):
+        df.Sampler(net, PROC, shape=(8, 8))
     for shape in ((2, 1, 1, 1), (2, 1, 8, 1), (2, 3, 8, 8)):
         with pytest.raises(ValueError, match="x_T has shape .* must be .2, 1, 8, 8."):
             sampler(2, x_T=torch.zeros(shape))
