@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 from typing import Any
 
@@ -157,6 +157,17 @@ def eval_mode(net: Any) -> Iterator[None]:
     finally:
         for module, training in zip(modules, modes, strict=True):
             module.training = training
+
+
+@contextmanager
+def held_weights(net: Any) -> Iterator[None]:
+    """What modules make of their weights is made once for all steps: those that offer it by a
+    context `held_weights()`."""
+    with ExitStack() as stack:
+        for module in net.modules() if isinstance(net, nn.Module) else ():
+            if hasattr(module, "held_weights"):
+                stack.enter_context(module.held_weights())
+        yield
 
 
 def _tensors(net: nn.Module) -> Iterator[Tensor]:

@@ -23,6 +23,7 @@ from ddpm_fast.diffusion.nets import (
     checked_classes,
     copy_weights,
     eval_mode,
+    held_weights,
     image_shape,
     in_dtype,
     own_dtype,
@@ -228,23 +229,32 @@ class Sampler:
         # No inference tensors: a net that guides itself differentiates its input.
         with torch.inference_mode(False), torch.no_grad(), eval_mode(self.net):
             self._follow_net(num_images)
-            images = self._x.new_empty((num_images, *self.shape))
-            self._all_failed = failed = self._failed.new_full((num_images,), -1)
-            self._first = first_index
-            self._seed.fill_(seed)
-            for start in range(0, num_images, self.batch_size):
-                rows = slice(start, start + self.batch_size)
-                # No image has a number from 2^32 on: the last batch is padded in front, too.
-                ahead = max(0, first_index + start + self.batch_size - 2**32)
-                number = first_index + start - ahead
-                self._start(None if x_T is None else x_T[rows], seed, number, ahead)
-                if y is not None:
-                    self._y.copy_(_pad(y[rows].to(self.device), self.batch_size, ahead))
-                self._denoise(y is not None, on_step)
-                drawn = slice(ahead, ahead + images[rows].shape[0])
-                images[rows] = self._x[drawn]
-                failed[rows] = self._failed[drawn]
-        return images.clamp(-1, 1) if self.clip else images
+            with held_weights(self.net):
+                images = self._draw(num_images, y, seed, first_index, x_T, on_step)
+            return images.clamp(-1, 1) if self.clip else images
+
+    def _draw(
+        self, num_images: int, y: Tensor | None, seed: int, first_index: int, x_T: Tensor | None,
+        on_step: OnStep | None,
+    ) -> Tensor:  # fmt: skip
+        """Batch by batch; (N, C, H, W), not clamped."""
+        images = self._x.new_empty((num_images, *self.shape))
+        self._all_failed = failed = self._failed.new_full((num_images,), -1)
+        self._first = first_index
+        self._seed.fill_(seed)
+        for start in range(0, num_images, self.batch_size):
+            rows = slice(start, start + self.batch_size)
+            # No image has a number from 2^32 on: the last batch is padded in front, too.
+            ahead = max(0, first_index + start + self.batch_size - 2**32)
+            number = first_index + start - ahead
+            self._start(None if x_T is None else x_T[rows], seed, number, ahead)
+            if y is not None:
+                self._y.copy_(_pad(y[rows].to(self.device), self.batch_size, ahead))
+            self._denoise(y is not None, on_step)
+            drawn = slice(ahead, ahead + images[rows].shape[0])
+            images[rows] = self._x[drawn]
+            failed[rows] = self._failed[drawn]
+        return images
 
     def check_finite(self) -> None:
         """Raise NotFinite where the net's output was infinite or NaN in the last call.

@@ -1,5 +1,6 @@
 """A sampler and its net: dtypes, process, classes, outputs, numbers, compiling."""
 
+import contextlib
 import copy
 import functools
 import pickle
@@ -95,6 +96,33 @@ def test_a_sampler_draws_by_the_weights_that_the_net_has_now(net, dtype):
     assert torch.equal(second, draw(other, 2, dtype=dtype))
     net.load_state_dict(make_net().state_dict(), assign=True)  # other tensors
     assert torch.equal(sampler(2), first)
+
+
+def test_what_a_module_makes_of_its_weights_is_held_during_a_call_and_follows_them(net):
+    """Held from after a copy in another dtype has its new weights, to the last step."""
+    held = []
+
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.value = nn.Parameter(torch.tensor(0.1)), None
+
+        @contextlib.contextmanager
+        def held_weights(self):
+            self.value = self.weight.clone()
+            yield
+            held.append(self.value)
+            self.value = None
+
+        def forward(self, x, t, y=None):
+            return self.value * x
+
+    scale = Scale()
+    sampler = df.Sampler(scale, PROC, steps=3, shape=(1, 4, 4), dtype=torch.bfloat16)
+    first = sampler(1)
+    scale.weight.data.fill_(0.5)
+    assert not torch.equal(sampler(1), first)
+    assert held == [torch.tensor(0.1, dtype=torch.bfloat16), torch.tensor(0.5)]
 
 
 # --- gradients
