@@ -61,6 +61,27 @@ def load(
     return load_trained(path, preset=preset, config=config, ema=ema, device=device).net
 
 
+def save(net: UNet, folder: str | Path, proc: Diffusion | None = None) -> Path:
+    """Write a net's weights, its configuration and its process, for :func:`load` to read.
+
+    net      as it is: ema.net saves the averages
+    folder   must not hold checkpoints
+    proc     None: net.process
+    returns  the checkpoint's folder
+    raises   ValueError       no process, one made from betas, or a folder with checkpoints in it
+             CheckpointError  disk full or not writable
+    """
+    folder, proc = Path(folder), proc or getattr(net, "process", None)
+    if proc is None:
+        raise ValueError("proc=None, but the net has no process of its own: give a Diffusion")
+    if (folder / "checkpoints").exists() or (folder / checkpoint.MANIFEST).exists():
+        raise ValueError(f"{folder} holds checkpoints: give another folder")
+    facts = {"net": net.config.to_json(), "diffusion": proc.to_json()}
+    weights = net.state_dict()
+    parts = {"model": weights, checkpoint.average_part(None): weights}  # whatever load's ema asks
+    return checkpoint.save(folder / "checkpoints", 0, parts, facts, keep=1)
+
+
 def load_trained(
     path: str | Path,
     *,

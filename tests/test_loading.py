@@ -132,6 +132,31 @@ def test_a_loaded_net_brings_the_process_that_it_was_trained_with(tiny_run):
     assert net.process.num_timesteps == 50
 
 
+@pytest.mark.parametrize("ema", [True, False])
+def test_a_saved_net_comes_back_with_its_configuration_and_its_process(tmp_path, ema):
+    net, proc = df.UNet.from_preset("digits", dropout=0.3), df.Diffusion("cosine", 30)
+    df.save(net, tmp_path / "mine", proc)
+    again = df.load(tmp_path / "mine", ema=ema)
+    assert again.config == net.config and again.process.to_json() == proc.to_json()
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name])
+    df.save(again, tmp_path / "copy")  # by its own process
+    assert df.load(tmp_path / "copy").process.matches(proc)
+
+
+def test_saving_replaces_nothing_and_needs_a_process(tmp_path, tiny_run, tree):
+    net, before = df.UNet.from_preset("digits"), tree(tiny_run)
+    for folder in (tiny_run, tiny_run / "checkpoints" / "step_00000004"):
+        with pytest.raises(ValueError, match="holds checkpoints"):
+            df.save(net, folder, df.Diffusion())
+    assert tree(tiny_run) == before
+    with pytest.raises(ValueError, match="proc=None"):
+        df.save(net, tmp_path / "mine")
+    with pytest.raises(ValueError, match="no schedule to save"):
+        df.save(net, tmp_path / "mine", df.Diffusion.from_betas(torch.full((5,), 0.1)))
+    assert not (tmp_path / "mine").exists()
+
+
 WRAPPED = {
     "plain": lambda state: state,
     "DDP": lambda state: prefixed(state, "module."),
@@ -139,6 +164,8 @@ WRAPPED = {
     "compiled in DDP": lambda state: prefixed(state, "module._orig_mod."),
     "EMA": lambda state: prefixed(state, "ema_model."),
     "EMA of DDP": lambda state: prefixed(state, "ema_model.module."),
+    "a trainer's net": lambda state: prefixed(state, "net."),
+    "a trainer's model in DDP": lambda state: prefixed(state, "module.model."),
     "compiled EMA": lambda state: prefixed(state, "_orig_mod.ema_model."),
     **{
         f"under {name}": lambda state, name=name: {name: state, "epoch": 3, "optimizer": {"lr": 1}}
@@ -162,6 +189,13 @@ def test_state_dicts_of_ones_own_are_understood(form, tmp_path):
     assert net.process is None  # the file says nothing of it
     with pytest.raises(ValueError, match="proc=None"):
         df.sample_images(net, None, 1)
+
+
+def test_trained_weights_asked_for_are_never_replaced_by_averages(tmp_path):
+    config, path = golden_config("seed_uncond"), tmp_path / "own.pt"
+    torch.save(prefixed(df.UNet.from_config(config).state_dict(), "ema_model."), path)
+    with pytest.raises(CheckpointError, match="own.pt holds no model"):
+        df.load(path, config=config, ema=False)
 
 
 def test_a_safetensors_of_ones_own_is_understood(tmp_path):

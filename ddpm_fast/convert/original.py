@@ -25,13 +25,13 @@ WRAPPERS = ("module", "_orig_mod")  # of DDP and torch.compile; no part of our n
 AVERAGES = ("ema", "ema_model", "ema_state_dict")
 TRAINED = ("state_dict", "model", "model_state_dict", "net")
 NESTED = 4  # most levels
+AVERAGED_PREFIXES, TRAINED_PREFIXES = ("ema_model.", "ema."), ("model.", "net.")
 
 
 def read_weights(path: Path, *, ema: bool = True) -> dict[str, Tensor]:
     """The file's state dict on the CPU, without wrappers' prefixes.
 
     path    a .safetensors, else a pickle
-
     ema     of a checkpoint that keeps both apart: the averages, or the trained weights
     raises  CheckpointError  it is anything else, or cannot be opened
     """
@@ -75,16 +75,21 @@ def without_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def net_weights(state: dict[str, Tensor], path: Path, *, ema: bool = True) -> dict[str, Tensor]:
-    """The U-Net's weights: those behind `ema_model.` or `model.`, else all.
+    """The U-Net's weights, by the prefix of their names; all where no name has one.
 
-    raises  CheckpointError  only those are there that were not asked for
+    Where the file is not the original's, it may hold one kind alone: for averages that are not
+    there the trained weights are taken.
+    raises  CheckpointError  those that were asked for are not there
     """
-    prefix = "ema_model." if ema else "model."
-    weights = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    if weights:
-        return weights
-    if "betas" in state or any(k.startswith(("model.", "ema_model.")) for k in state) or not state:
-        raise CheckpointError(f"{path} holds no {prefix}* weights; see ema={ema}")
+    prefixes = AVERAGED_PREFIXES if ema else TRAINED_PREFIXES
+    if ema and "betas" not in state:
+        prefixes += TRAINED_PREFIXES
+    for prefix in prefixes:
+        if found := {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}:
+            return found
+    known = AVERAGED_PREFIXES + TRAINED_PREFIXES
+    if not state or "betas" in state or any(name.startswith(known) for name in state):
+        raise CheckpointError(f"{path} holds no {prefixes[0]}* weights; see ema={ema}")
     return state
 
 

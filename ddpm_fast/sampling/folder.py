@@ -31,7 +31,7 @@ def _read_record(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text())
     except ValueError:
         found = None
-    if not isinstance(found, dict):
+    if not isinstance(found, dict) or not isinstance(found.get("pages", []), list):
         raise UsageError(f"{path} is damaged: give another --out")
     return found
 
