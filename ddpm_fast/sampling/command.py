@@ -39,6 +39,7 @@ from ddpm_fast.sampling.options import PROG, SampleOptions
 
 GO_ON = "the same command goes on with the images that are missing"
 GRID, GIF = "grid.png", "denoising.gif"
+NAMES_SHOWN = 20  # of the classes, in a message
 ON_A_PAGE = 64  # images of the grid
 IN_THE_GIF = 16
 GIF_FRAMES = 40  # most frames before the last
@@ -299,11 +300,11 @@ def _class_numbers(options: SampleOptions, trained: Trained) -> Sequence[int]:
         elif word.isdecimal() and len(word) < 10 and int(word) < classes:
             numbers.append(int(word))
         else:
-            allowed = f"; names: {', '.join(names)}" if names else ""
-            raise UsageError(
-                f"--classes holds {word}{nearest(word, names)}, must be from 0 to {classes - 1}"
-                f"{allowed}"
-            )
+            rule = f"must be from 0 to {classes - 1}"
+            if names and not word.removeprefix("-").isdecimal():
+                shown = ", ".join(names[:NAMES_SHOWN]) + ", ..." * (classes > NAMES_SHOWN)
+                rule = f"{rule}, or of {shown}{nearest(word, names)}"
+            raise UsageError(f"--classes holds {word}, {rule}")
     return numbers or range(classes)
 
 

@@ -52,10 +52,16 @@ def test_a_bad_value(refuses, flags, told):
     assert told in refuses(2, *flags.split())
 
 
-@pytest.mark.parametrize("classes", ["10", "3,-1", "0,11", "cat", "1.5", "9" * 5000])
+@pytest.mark.parametrize("classes", ["10", "3,-1", "0,11", "9" * 5000])
 def test_classes_out_of_range(refuses, tiny_class_run, classes):
     message = refuses(2, "--classes", classes, checkpoint=tiny_class_run)
-    assert re.fullmatch(r"--classes holds (10|-1|11|cat|1.5|9+), must be from 0 to 9", message)
+    assert re.fullmatch(r"--classes holds (10|-1|11|9+), must be from 0 to 9", message)
+
+
+@pytest.mark.parametrize("classes", ["cat", "1.5"])
+def test_words_that_are_no_classes(refuses, tiny_class_run, classes):
+    message = refuses(2, "--classes", classes, checkpoint=tiny_class_run)
+    assert f"--classes holds {classes}, must be from 0 to 9" in message and "0, 1, 2" in message
 
 
 def test_classes_for_a_net_without(refuses):

@@ -146,7 +146,7 @@ def test_classes_may_be_named_where_the_run_kept_names(tiny_class_run, tmp_path,
         options = parse_options(["--checkpoint", str(run), "--classes", "dog,cat,5,3"])
         assert list(command._class_numbers(options, trained)) == [1, 0, 5, 9]
         argv = ["--checkpoint", run, "--out", tmp_path / "no", "--classes", "cot"]
-        assert "cot (did you mean 'cat'?)" in refused(main, argv, 2)
+        assert "(did you mean 'cat'?)" in refused(main, argv, 2)
     for unsound in ({"class_names": names[:3]}, {"class_names": "cat"}, {"data": 5}):
         run = tmp_path / "unsound"
         checkpoint.save(run / "checkpoints", 4, saved.parts, facts | unsound, keep=1)
