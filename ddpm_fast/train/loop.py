@@ -63,6 +63,8 @@ from ddpm_fast.train.stopping import stop_requests
 from ddpm_fast.train.summary import summarise
 from ddpm_fast.train.trackers import Track, open_trackers
 
+ANOTHERS_SIGNAL = "a signal to another process"
+
 
 def train(invocation: Invocation) -> None:
     """Run an invocation to its end or until it is told to stop.
@@ -75,11 +77,18 @@ def train(invocation: Invocation) -> None:
     with left_at_once_if_rank_lost(PROG), told_if_rank_lost(PROG, when, GO_ON):
         world = join(device, timeout_s=config.timeout)
         invocation = world.from_chief(lambda: invocation)  # the others may not see the folder
-        _train(invocation, device, world)
+        unfinished = _train(invocation, device, world)
         world.leave()
+    if unfinished:
+        raise TrainingError(unfinished)
 
 
-def _train(invocation: Invocation, device: torch.device, world: World) -> None:
+def _train(invocation: Invocation, device: torch.device, world: World) -> str | None:
+    """Train; returns why this process has not done its work, if it ends without being asked to.
+
+    As on a node whose ranks leave because those of another one were told to: with exit code 0 its
+    torchrun or batch system would take the run for done.
+    """
     config = for_ranks(
         invocation.config, device, world, resumed=invocation.resume, restarted=invocation.waits
     )
@@ -123,13 +132,15 @@ def _train(invocation: Invocation, device: torch.device, world: World) -> None:
                 run.steps(stop)
             train_step.forget_graphs()  # their collectives would keep the ranks from parting
             if run.step < config.iterations:
-                display.say(
+                told = (
                     f"stopped by {stop[0]} after step {run.step}; checkpoint saved; continue with: "
                     f"{PROG} --resume {path}"
                 )
-                return
+                display.say(told)
+                return None if world.any_on_node(stop != [ANOTHERS_SIGNAL]) else told
         if world.is_chief:
             summarise(train_step, folder, images, run.last_measured, run.images_per_s, display)
+        return None
     finally:
         folder.close()
 
@@ -276,7 +287,7 @@ class Run:
         """Whether any rank is; where a rank was lost, this is the first to notice."""
         told = self.world.any(bool(stop))
         if told and not stop:
-            stop.append("a signal to another process")
+            stop.append(ANOTHERS_SIGNAL)
         return told
 
     def save_checkpoint(self) -> None:
