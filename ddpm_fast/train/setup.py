@@ -152,8 +152,10 @@ def choose_algorithms(
         return
     cudnn = torch.backends.cudnn
     cudnn.benchmark_limit = 0 if algorithms == "all" else 10
-    # The older switches: they set the newer fp32_precision too; the reverse makes them raise.
-    torch.backends.cuda.matmul.allow_tf32 = cudnn.allow_tf32 = tf32
+    with warnings.catch_warnings():  # some versions recommend the newer switch
+        warnings.simplefilter("ignore", UserWarning)
+        # These set the newer fp32_precision too; set the other way round, reading these raises.
+        torch.backends.cuda.matmul.allow_tf32 = cudnn.allow_tf32 = tf32
     cudnn.deterministic = cudnn.deterministic or deterministic
     same_bits = cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
     cudnn.benchmark = not same_bits
