@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -178,7 +178,7 @@ class Sampler:
             samples=num_images, elements=math.prod(self.shape),
         )  # fmt: skip
         images = torch.empty((num_images, *self.shape), device=self.device)
-        with torch.inference_mode(), _eval_mode(self.net):
+        with torch.inference_mode(), _eval_mode(self.net), _held_weights(self.net):
             self._seed.fill_(seed)
             for start in range(0, num_images, self.batch_size):
                 rows = slice(start, start + self.batch_size)
@@ -319,3 +319,13 @@ def _eval_mode(net: Callable[..., Tensor]) -> Iterator[None]:
     finally:
         for module, training in zip(modules, modes, strict=True):
             module.training = training
+
+
+@contextmanager
+def _held_weights(net: Callable[..., Tensor]) -> Iterator[None]:
+    """What modules make of their weights is made once for all steps (see nn.upsample)."""
+    with ExitStack() as stack:
+        for module in net.modules() if isinstance(net, nn.Module) else ():
+            if hasattr(module, "held_weights"):
+                stack.enter_context(module.held_weights())
+        yield

@@ -1,4 +1,4 @@
-"""The U-Net's parts: time embedding, residual block, attention, down- and upsampling.
+"""The U-Net's parts: time embedding, residual block, attention, downsampling.
 
 Parameter names are the original repository's, so that its state dicts load with strict=True.
 Activations are (N, C, H, W), best in channels_last memory; the time embedding is (N, D).
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ddpm_fast import ops
-from ddpm_fast.kernels.autocast import autocast_dtype
 from ddpm_fast.nn.norm import (
     Activation,
     CounterDropout,
@@ -27,6 +26,7 @@ from ddpm_fast.nn.norm import (
     run_conv,
     second_pass,
 )
+from ddpm_fast.nn.plain import is_plain, is_plain_conv
 
 
 class TimeEmbedding(nn.Module):
@@ -45,6 +45,40 @@ class TimeEmbedding(nn.Module):
         index = torch.arange(half, dtype=torch.float32, device=time.device)
         angles = torch.outer(time.float() * self.scale, torch.exp(index * exponent))
         return torch.cat((angles.sin(), angles.cos()), dim=-1)  # (N, dim)
+
+
+class TimeMLP(nn.Sequential):
+    """(N,) steps -> (N, D): the embedding, in the weights' dtype, and two linear layers."""
+
+    def __init__(self, dim: int, out_dim: int, scale: float = 1.0, freq_shift: float = 0.0) -> None:
+        super().__init__(
+            TimeEmbedding(dim, scale, freq_shift),
+            nn.Linear(dim, out_dim),
+            nn.SiLU(),
+            nn.Linear(out_dim, out_dim),
+        )
+
+    def forward(self, time: Tensor) -> Tensor:
+        embedding, *layers = self
+        floating = (w.dtype for w in layers[0].parameters() if w.is_floating_point())
+        x = embedding(time)
+        x = x.to(next(floating, x.dtype))  # a quantised layer has none, and takes fp32
+        for layer in layers:
+            x = layer(x)
+        return x
+
+
+class DropoutConv(nn.Sequential):
+    """A 3x3 conv of dropped-out channels."""
+
+    def __init__(self, channels: int, dropout: float, stream: int) -> None:
+        super().__init__(
+            CounterDropout(dropout, stream), nn.Conv2d(channels, channels, 3, padding=1)
+        )
+
+    def forward(self, x: Tensor, rng: Tensor | None) -> Tensor:
+        drop, conv = self
+        return conv(drop(x, rng))
 
 
 class AttentionBlock(nn.Module):
@@ -90,10 +124,7 @@ class ResidualBlock(nn.Module):
         self.norm_1 = make_norm(in_channels)
         self.conv_1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm_2 = make_norm(out_channels)
-        self.conv_2 = nn.Sequential(
-            CounterDropout(dropout, stream),
-            nn.Conv2d(out_channels, out_channels, 3, padding=1),
-        )
+        self.conv_2 = DropoutConv(out_channels, dropout, stream)
         self.time_bias = None if time_emb_dim is None else nn.Linear(time_emb_dim, out_channels)
         self.class_bias = None if num_classes is None else nn.Embedding(num_classes, out_channels)
         self.residual_connection = (
@@ -139,26 +170,30 @@ class ResidualBlock(nn.Module):
         rng: Tensor | None,
         skip: Tensor | None,
     ) -> Tensor:
-        fused = fuses(self.norm_1, x, self.impl)
-        if skip is not None and not fused:
+        if skip is not None and not fuses(self.norm_1, x, self.impl):
             x, skip = torch.cat((x, skip), dim=1), None
         add = self._bias(time_emb, y)
-        if fused:  # conv_1's bias joins what norm_2 adds on reading, saving a pass
+        # conv_1's bias joins what norm_2 adds on reading, saving a pass
+        moved = fuses(self.norm_2, x, self.impl) and is_plain_conv(self.conv_1, 3)
+        if moved and self.conv_1.bias is not None:
             bias = self.conv_1.bias
             add = bias.expand(x.shape[0], -1) if add is None else add + bias
 
         def first() -> Tensor:
             return norm_act(self.norm_1, self.activation, x, skip=skip, impl=self.impl)
 
-        hidden = self._conv(self.conv_1, first, bias=not fused)
-        drop, conv_2 = self.conv_2
+        hidden = self._conv(self.conv_1, first, bias=not moved)
+        conv_2: nn.Module = self.conv_2
+        drop = None
+        if is_plain(conv_2, DropoutConv) and is_plain(conv_2[0], CounterDropout):
+            drop, conv_2 = conv_2
 
         def second() -> Tensor:
             return norm_act(
                 self.norm_2, self.activation, hidden, add=add, drop=drop, rng=rng, impl=self.impl
             )
 
-        out = self._conv(conv_2, second)
+        out = conv_2(second(), rng) if drop is None else self._conv(conv_2, second)
         return self.attention(out + self._shortcut(x, skip))
 
     def _bias(self, time_emb: Tensor | None, y: Tensor | None) -> Tensor | None:
@@ -178,8 +213,8 @@ class ResidualBlock(nn.Module):
         conv = self.residual_connection
         if skip is None:
             return conv(x)
-        if isinstance(conv, nn.Identity):
-            return torch.cat((x, skip), dim=1)
+        if not is_plain_conv(conv, 1):
+            return conv(torch.cat((x, skip), dim=1))
         of_x, of_skip = conv.weight.split((x.shape[1], skip.shape[1]), dim=1)
         return F.conv2d(x, of_x, conv.bias) + F.conv2d(skip, of_skip)
 
@@ -196,59 +231,3 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.downsample(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
-
-
-class Upsample(nn.Module):
-    """Nearest-neighbour doubling, then a 3x3 conv, as one transposed conv of stride 2.
-
-    Each output phase sees only 2x2 distinct inputs, so the 3x3 taps that read the same input add
-    up: w4 = M w M^T, exact algebra at 4/9 of the multiplications and with no upsampled tensor.
-    mode  "transposed", "plain" (the two steps as written), or "auto": plain where so few pixels
-          come in that summing the taps costs more than it saves
-    """
-
-    # Pixels of the whole batch. 2 CPU cores, 256 channels, forward + backward, against plain:
-    # 64 pixels 2.1x slower, 256 equal, 1024 1.6x faster. GPU: not yet measured.
-    MIN_PIXELS = 512
-
-    def __init__(self, channels: int, mode: str = "auto") -> None:
-        super().__init__()
-        self.mode = mode
-        self.upsample = nn.Sequential(
-            nn.Upsample(scale_factor=2, mode="nearest"),
-            nn.Conv2d(channels, channels, 3, padding=1),
-        )
-        m = torch.tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=torch.float32)
-        self.register_buffer("tap_sums", torch.kron(m, m), persistent=False)  # (16, 9)
-
-    def forward(self, x: Tensor) -> Tensor:
-        n, _, h, w = x.shape
-        if self.mode == "plain" or (self.mode == "auto" and n * h * w < self.MIN_PIXELS):
-            return self.upsample(x)
-        conv = self.upsample[1]
-        return F.conv_transpose2d(
-            x, self._phase_weight(conv.weight), conv.bias, stride=2, padding=1
-        )
-
-    def _phase_weight(self, weight: Tensor) -> Tensor:
-        """(C_out, C_in, 3, 3) -> M w M^T as (C_in, C_out, 4, 4)."""
-        low = weight.dtype in (torch.float16, torch.bfloat16)  # whose sums double the error
-        if low or autocast_dtype(weight.device.type):
-            return self._added_taps(weight.float() if low else weight).to(weight.dtype)
-        c_out, c_in = weight.shape[:2]
-        taps = weight.permute(2, 3, 1, 0).reshape(9, c_in * c_out)
-        sums = self.tap_sums.to(weight.dtype) @ taps  # (16, C_in * C_out)
-        return sums.view(4, 4, c_in, c_out).permute(2, 3, 0, 1)
-
-    @staticmethod
-    def _added_taps(weight: Tensor) -> Tensor:
-        """The same by additions, which autocast leaves in fp32; channels_last.
-
-        On 2 CPU cores 1.2x slower for the whole layer than the product above. Not that product
-        with autocast switched off: torch caches no compiled graph that does so between runs.
-        """
-        taps = weight.permute(1, 2, 3, 0)  # (C_in, 3, 3, C_out)
-        for dim in (1, 2):
-            a, b, c = taps.unbind(dim)
-            taps = torch.stack((c, b + c, a + b, a), dim)
-        return taps.permute(0, 3, 1, 2)

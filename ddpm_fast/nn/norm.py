@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from ddpm_fast import ops
 from ddpm_fast.kernels.group_norm_silu import runs_fused
+from ddpm_fast.nn.plain import is_plain
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -91,7 +92,7 @@ class CounterDropout(nn.Module):
 
 def fuses(norm: nn.Module, x: Tensor, impl: str) -> bool:
     """Whether norm_act runs our kernel on x."""
-    return isinstance(norm, nn.GroupNorm) and runs_fused(impl, x)
+    return runs_fused(impl, x) and is_plain(norm, nn.GroupNorm) and norm.affine
 
 
 def norm_act(
