@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddpm_fast.kernels.group_norm_silu import runs_fused
 from ddpm_fast.kernels.impl import chosen_impl
 from ddpm_fast.kernels.philox import Stream
 from ddpm_fast.nn import config as nn_config
@@ -20,7 +21,9 @@ from ddpm_fast.nn.blocks import (
 )
 from ddpm_fast.nn.config import UNetConfig
 from ddpm_fast.nn.inputs import as_classes, as_times, check_images
-from ddpm_fast.nn.norm import make_norm, norm_act
+from ddpm_fast.nn.norm import make_norm, norm_unsummed
+from ddpm_fast.nn.one_pass import Unsummed
+from ddpm_fast.nn.plain import is_plain
 from ddpm_fast.nn.state_dict import strip_prefix
 from ddpm_fast.nn.upsample import Upsample
 
@@ -189,17 +192,31 @@ class UNet(nn.Module):
         pad = self.initial_pad
         if pad:
             x = F.pad(x, (pad,) * 4)
-        x = self.init_conv(x)
+        x = Unsummed(self.init_conv(x))
+        hands_on = runs_fused(self.impl, x.h)
+
+        def through(layer: nn.Module, x: Unsummed, *skip: Unsummed) -> tuple[Unsummed, Unsummed]:
+            """layer(x), and x with its residual added."""
+            if hands_on and is_plain(layer, ResidualBlock):
+                return layer(x, time_emb, y, rng, *skip)
+            x = Unsummed(x.sum())
+            if isinstance(layer, (Downsample, Upsample)):
+                return Unsummed(layer(x.h)), x
+            return Unsummed(layer(x.h, time_emb, y, rng, *(s.sum() for s in skip))), x
+
         skips = [x]
         for layer in self.downs:
-            x = layer(x) if isinstance(layer, Downsample) else layer(x, time_emb, y, rng)
+            x, skips[-1] = through(layer, x)
             skips.append(x)
-        for layer in self.mid:
-            x = layer(x, time_emb, y, rng)
+        first, *others = self.mid
+        x, skips[-1] = through(first, x)
+        for layer in others:
+            x, _ = through(layer, x)
         for layer in self.ups:
-            up = isinstance(layer, Upsample)
-            x = layer(x) if up else layer(x, time_emb, y, rng, skips.pop())
-        x = self.out_conv(norm_act(self.out_norm, self.activation, x, impl=self.impl))
+            x, _ = (
+                through(layer, x) if isinstance(layer, Upsample) else through(layer, x, skips.pop())
+            )
+        x = self.out_conv(norm_unsummed(self.out_norm, self.activation, x, impl=self.impl)[0])
         return x[:, :, pad:-pad, pad:-pad] if pad else x
 
     def set_rng(self, seed: int, step: int, first_index: int = 0) -> None:
