@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -170,25 +171,18 @@ class ResidualBlock(nn.Module):
             out, x = self._run(x, time_emb, y, rng, skip)
         return out.sum() if whole else (out, x)
 
-    def _recomputed(
-        self,
-        x: Unsummed,
-        time_emb: Tensor | None,
-        y: Tensor | None,
-        rng: Tensor | None,
-        skip: Unsummed | None,
-    ) -> Unsummed:
-        """The output, of which nothing but x is saved for backward."""
+    def _recomputed(self, x: Unsummed, *others: Any) -> Unsummed:
+        """_run's output, of which nothing but the inputs is saved for backward."""
 
-        def run(x: Unsummed, skip: Unsummed | None) -> tuple[Tensor, Tensor | None]:
-            out = self._run(x, time_emb, y, rng, skip)[0].stored()
+        def run(x: Unsummed, *others: Any) -> tuple[Tensor, Tensor | None]:
+            out = self._run(x, *others)[0].stored()
             return out.h, out.bias
 
         # dropout is drawn by counter, so that there is no generator's state to preserve
         options = {"use_reentrant": False, "preserve_rng_state": False}
         if not torch.compiler.is_compiling():
             options["context_fn"] = lambda: (nullcontext(), second_pass())
-        out, bias = checkpoint(run, x, skip, **options)
+        out, bias = checkpoint(run, x, *others, **options)
         return Unsummed(out, bias=bias)
 
     def _run(
@@ -221,6 +215,7 @@ class ResidualBlock(nn.Module):
         else:
             normed, x = norm_unsummed(self.norm_1, self.activation, x, skip, self.impl)
             hidden = run_conv(self.conv_1, normed, bias=not moved)
+            del normed  # which nobody reads again, where no backward pass follows
         out, bias = self._second(hidden, add, rng)
         out = Unsummed(out, *self._shortcut(x, skip, bias))
         return self._attend(out), x if stored is None else stored

@@ -211,11 +211,10 @@ class UNet(nn.Module):
         first, *others = self.mid
         x, skips[-1] = through(first, x)
         for layer in others:
-            x, _ = through(layer, x)
+            x = through(layer, x)[0]
         for layer in self.ups:
-            x, _ = (
-                through(layer, x) if isinstance(layer, Upsample) else through(layer, x, skips.pop())
-            )
+            skip = () if isinstance(layer, Upsample) else (skips.pop(),)
+            x = through(layer, x, *skip)[0]
         x = self.out_conv(norm_unsummed(self.out_norm, self.activation, x, impl=self.impl)[0])
         return x[:, :, pad:-pad, pad:-pad] if pad else x
 

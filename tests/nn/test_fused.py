@@ -48,9 +48,10 @@ def assert_same(found, expected, tolerance):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, dict(activation="relu"), dict(time_emb_dim=None, num_classes=None, dropout=0.0)],
+    [{}, dict(activation="relu"), dict(time_emb_dim=None, num_classes=None, dropout=0.0),
+     dict(num_res_blocks=2, attention_resolutions=(0, 1), upsample="transposed")],
     ids=str,
-)
+)  # fmt: skip
 def test_fused_net_is_the_reference_forward_and_backward(changes):
     expected = run(build(**changes, impl="reference"))
     assert_same(run(build(**changes, impl="fused")), expected, 2e-5)  # fp32 sums, 20 layers
