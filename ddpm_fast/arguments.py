@@ -1,7 +1,8 @@
 """From argv to a frozen dataclass: tyro parses; spellings it does not take are rewritten first.
 
 Taken besides tyro's own: underscores for dashes, other names for a flag (`renamed`), tuples as
-`1,2,2,2`, booleans as `--flag true`. A bad argument is one line on stderr and exit code 2.
+`1,2,2,2`, booleans as `--flag true`, and a choice with on and off as a boolean. A bad argument is
+one line on stderr and exit code 2.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from ddpm_fast.errors import Failure, UsageError, nearest
 
@@ -66,12 +67,14 @@ def rewrite(kind: type, argv: Sequence[str], renamed: Mapping[str, str]) -> list
         flag = flag.replace("_", "-")
         flag = renamed.get(flag, flag)
         positive = flag.removeprefix("no-")
-        if flag not in types and types.get(positive) is not bool:
+        if flag not in types and not _is_switch(types.get(positive)):
             flags = ["--" + name for name in types]
             raise UsageError(f"unknown flag {word.partition('=')[0]}{nearest('--' + flag, flags)}")
         values = [value] if equals else _take_values(words)
         if types[positive] is bool:
             out += _boolean(flag, values)
+        elif _is_switch(types[positive]):
+            out += _switch(flag, values)
         elif str(types[positive]).startswith("tuple"):
             out += ["--" + flag, *(part for v in values for part in v.split(",") if part)]
         else:
@@ -105,6 +108,20 @@ def _boolean(flag: str, values: list[str]) -> list[str]:
         )
     positive = flag.removeprefix("no-")
     return ["--" + positive if (word in _TRUE) == (flag == positive) else "--no-" + positive]
+
+
+def _is_switch(hint: Any) -> bool:
+    """A boolean, or a choice of on, off and maybe more."""
+    return hint is bool or {"on", "off"} <= set(get_args(hint))
+
+
+def _switch(flag: str, values: list[str]) -> list[str]:
+    """--flag and --no-flag as on and off; another word than a boolean's stays as it is."""
+    if flag.startswith("no-") or not values or values[0].lower() in _TRUE + _FALSE:
+        (word,) = _boolean(flag, values)
+        positive = word.removeprefix("--no-").removeprefix("--")
+        return ["--" + positive, "off" if word.startswith("--no-") else "on"]
+    return ["--" + flag, *values]
 
 
 def _plain(box: str) -> str:

@@ -19,6 +19,9 @@ from ddpm_fast.train.data_choice import DECIDING, choose
 
 PROG = "python -m ddpm_fast.train"
 CONFIG_NAME = "config.json"
+MOST_SAMPLES = 2**16  # a page of 256 x 256 images
+MOST_PROFILED = 1000  # steps: each is some thousand events in memory and in the trace
+_ON_OFF = {True: "on", False: "off"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,8 +117,9 @@ class TrainConfig:
 
     device: str = "auto"
     """auto (CUDA if there is one), cpu, cuda, cuda:1, ..."""
-    compile: bool = False
-    """compile the net with torch.compile where that pays, which is on CUDA"""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """compile the net with torch.compile, on CUDA; auto: where 50,000 steps or more are left to
+    repay it"""
     force_compile: bool = False
     """compile also on CPU, and stop if it fails"""
     cuda_graph: Literal["auto", "on", "off"] = "auto"
@@ -123,6 +127,12 @@ class TrainConfig:
     one, or stop"""
     deterministic: bool = False
     """on CUDA, only cuDNN algorithms that give the same bits each time, instead of the fastest"""
+    cudnn_algorithms: Literal["10", "all"] = "10"
+    """how many algorithms cuDNN tries for each convolution before it takes the fastest; all take
+    longer at the first steps and may find a faster one (not measured)"""
+    tf32: Literal["on", "off"] = "off"
+    """on CUDA in fp32: round what convolutions and matrix products multiply to TF32's 10 bits,
+    which is faster"""
     grad_compression: Literal["none", "bf16"] = "none"
     """send gradients between processes as they are, or rounded to bf16"""
     timeout: float = 600.0
@@ -130,6 +140,9 @@ class TrainConfig:
     recompute: Literal["none", "norm", "block"] = "none"
     """compute again in the backward pass what is not kept: norms, or whole residual blocks"""
 
+    profile: int = 0
+    """steps to profile once they are warm: a table by kernel and a trace in the run folder; a
+    resumed run does so only if asked again"""
     run_dir: str | None = None
     """folder of the run; None: runs/<preset>-<time>"""
     log_every: int = 50
@@ -156,16 +169,22 @@ class TrainConfig:
     """also log to Weights & Biases (pip install wandb)"""
 
     def __post_init__(self) -> None:
+        if isinstance(self.compile, bool):
+            object.__setattr__(self, "compile", _ON_OFF[self.compile])
         _check_preset(self.preset)
         for name in ("iterations", "batch_size", "grad_accumulation", "num_timesteps", "log_every",
                      "ema_update_rate", "keep_checkpoints", "sample_images",
                      "sample_steps"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.sample_images > MOST_SAMPLES:
+            raise ValueError(f"sample_images={self.sample_images} must be at most {MOST_SAMPLES}")
         for name in ("sample_every", "checkpoint_every", "warmup_steps", "grad_clip",
                      "weight_decay", "keep_every"):  # fmt: skip
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if not 0 <= self.profile <= MOST_PROFILED:
+            raise ValueError(f"profile={self.profile} must be from 0 to {MOST_PROFILED} steps")
         if self.batch_size_per_gpu is not None and self.batch_size_per_gpu < 1:
             raise ValueError(f"batch_size_per_gpu={self.batch_size_per_gpu} must be at least 1")
         if not 0.1 <= self.timeout <= 1e7:
@@ -236,9 +255,10 @@ RENAMED = {
 # they are the same images, their digest says.
 RESUMABLE = frozenset({
     "iterations", "data", "data_root", "device", "compile", "force_compile", "cuda_graph",
-    "deterministic", "grad_accumulation", "recompute", "grad_compression", "timeout", "on_nan",
-    "log_every", "sample_every", "sample_images", "sample_steps", "checkpoint_every",
-    "exact_checkpoints", "keep_checkpoints", "keep_every", "monitor", "tensorboard", "wandb",
+    "deterministic", "cudnn_algorithms", "tf32", "grad_accumulation", "recompute",
+    "grad_compression", "timeout", "on_nan", "profile", "log_every", "sample_every",
+    "sample_images", "sample_steps", "checkpoint_every", "exact_checkpoints", "keep_checkpoints",
+    "keep_every", "monitor", "tensorboard", "wandb",
 })  # fmt: skip
 
 
@@ -313,6 +333,8 @@ def _checked_values(values: Any, path: Path) -> dict[str, Any]:
         if name not in names:
             raise UsageError(f"{path}: unknown key {name!r}{nearest(name, names)}")
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    if isinstance(values.get("compile"), bool):  # of a run before there was "auto"
+        values["compile"] = _ON_OFF[values["compile"]]
     hints = get_type_hints(TrainConfig)
     for name, value in values.items():
         if not _fits(value, hints[name]):
@@ -368,7 +390,7 @@ def _base_values(
         raise UsageError("--resume takes the run's own configuration: allowed without --config")
     if run_dir:
         values, notes = _run_values(Path(run_dir))
-        return {**values, "run_dir": run_dir}, True, notes, False
+        return {**values, "run_dir": run_dir, "profile": 0}, True, notes, False
     values = read_config(Path(given["config"])) if given.get("config") else {}
     values.pop("run_dir", None)  # a new run has its own folder
     preset = given.get("preset") or values.get("preset")

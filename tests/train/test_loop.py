@@ -3,6 +3,7 @@
 import json
 import re
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ import torch
 from ddpm_fast import checkpoint
 from ddpm_fast.checkpoint_writer import CheckpointWriter
 from ddpm_fast.diffusion.process import Diffusion
+from ddpm_fast.distributed import ALONE
 from ddpm_fast.train import loop, summary
 from ddpm_fast.train.__main__ import main
+from ddpm_fast.train.config import TrainConfig
 from ddpm_fast.train.step import TrainStep
 
 FEW = ("--iterations", 3, "--sample-every", 0)
@@ -172,6 +175,19 @@ def test_the_summary_leaves_out_the_first_interval_which_warms_up(
     assert int(speed) > 0.5 * min(row["images_per_s"] for row in rows[1:])
 
 
+@pytest.mark.parametrize(
+    "autocast_dtype, tf32, told",
+    [(torch.bfloat16, "off", "cuda, bf16"), (None, "off", "cuda, fp32, no TF32"),
+     (None, "on", "cuda, fp32, convolutions and matrix products in TF32")],
+)  # fmt: skip
+def test_on_cuda_the_run_says_in_which_precision_it_multiplies(autocast_dtype, tf32, told):
+    run = SimpleNamespace(
+        world=ALONE, device=torch.device("cuda"), config=TrainConfig(tf32=tf32),
+        train_step=SimpleNamespace(autocast_dtype=autocast_dtype),
+    )  # fmt: skip
+    assert loop.Run._where(run) == told
+
+
 def test_a_graph_that_must_be_cannot_be_on_the_cpu(tmp_path, tiny, refused):
     argv = [*tiny, "--cuda-graph", "on", "--run-dir", tmp_path / "run"]
     assert refused(main, argv, 2) == "--cuda-graph on is for CUDA; on cpu: auto or off"
@@ -201,3 +217,12 @@ def test_a_net_that_does_not_fit_is_one_line(tmp_path, tiny, refused, monkeypatc
     monkeypatch.setattr(loop, "make_step", fail)
     message = refused(main, [*tiny, *FEW, "--run-dir", tmp_path / "run"], 1)
     assert message.startswith("out of memory before the first step: the net, its averages")
+
+
+def test_a_sample_grid_that_is_not_finite_is_a_warning_and_not_written(tmp_path, train, capsys):
+    """Black pictures would say that the net has learnt black."""
+    flags = ("--learning-rate", 1e6, "--warmup-steps", 0, "--on-nan", "skip", "--iterations", 8)
+    assert train(tmp_path / "run", *flags, "--sample-every", 8) == 0
+    told = [li for li in capsys.readouterr().out.splitlines() if "no sample grid of step 8" in li]
+    assert len(told) == 1 and "not finite" in told[0]
+    assert not list((tmp_path / "run" / "samples").glob("*.png"))
