@@ -1,4 +1,4 @@
-"""The U-Net's parts: time embedding, residual block, attention, down- and upsampling.
+"""The U-Net's parts: time embedding, residual block, attention, downsampling.
 
 Parameter names are the original repository's, so that its state dicts load with strict=True.
 Activations are (N, C, H, W), best in channels_last memory; the time embedding is (N, D).
@@ -6,10 +6,10 @@ Activations are (N, C, H, W), best in channels_last memory; the time embedding i
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,16 +17,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ddpm_fast import ops
-from ddpm_fast.kernels.autocast import autocast_dtype
+from ddpm_fast.kernels.group_norm_silu import runs_fused
 from ddpm_fast.nn.norm import (
     Activation,
     CounterDropout,
     conv_of_recomputed,
     fuses,
     norm_act,
+    norm_unsummed,
     run_conv,
     second_pass,
 )
+from ddpm_fast.nn.one_pass import Unsummed, added, conv_1x1
+from ddpm_fast.nn.plain import is_plain, is_plain_conv
 
 
 class TimeEmbedding(nn.Module):
@@ -47,6 +50,40 @@ class TimeEmbedding(nn.Module):
         return torch.cat((angles.sin(), angles.cos()), dim=-1)  # (N, dim)
 
 
+class TimeMLP(nn.Sequential):
+    """(N,) steps -> (N, D): the embedding, in the weights' dtype, and two linear layers."""
+
+    def __init__(self, dim: int, out_dim: int, scale: float = 1.0, freq_shift: float = 0.0) -> None:
+        super().__init__(
+            TimeEmbedding(dim, scale, freq_shift),
+            nn.Linear(dim, out_dim),
+            nn.SiLU(),
+            nn.Linear(out_dim, out_dim),
+        )
+
+    def forward(self, time: Tensor) -> Tensor:
+        embedding, *layers = self
+        floating = (w.dtype for w in layers[0].parameters() if w.is_floating_point())
+        x = embedding(time)
+        x = x.to(next(floating, x.dtype))  # a quantised layer has none, and takes fp32
+        for layer in layers:
+            x = layer(x)
+        return x
+
+
+class DropoutConv(nn.Sequential):
+    """A 3x3 conv of dropped-out channels."""
+
+    def __init__(self, channels: int, dropout: float, stream: int) -> None:
+        super().__init__(
+            CounterDropout(dropout, stream), nn.Conv2d(channels, channels, 3, padding=1)
+        )
+
+    def forward(self, x: Tensor, rng: Tensor | None) -> Tensor:
+        drop, conv = self
+        return conv(drop(x, rng))
+
+
 class AttentionBlock(nn.Module):
     """x + W_o softmax(q k^T / sqrt(d)) v over the H * W positions, one packed QKV projection."""
 
@@ -57,9 +94,16 @@ class AttentionBlock(nn.Module):
         self.to_qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.to_out = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        qkv = self.to_qkv(norm_act(self.norm, None, x, impl=self.impl))  # q | k | v blocks of C
-        return x + self.to_out(ops.attention(qkv, self.num_heads, impl=self.impl))
+    def forward(self, x: Tensor | Unsummed) -> Tensor | Unsummed:
+        """(N, C, H, W) -> the same; of an Unsummed x, which its norm adds up, an Unsummed."""
+        whole = not isinstance(x, Unsummed)
+        normed, x = norm_unsummed(self.norm, None, Unsummed(x) if whole else x, impl=self.impl)
+        attended = ops.attention(self.to_qkv(normed), self.num_heads, impl=self.impl)
+        if whole:
+            return x.h + self.to_out(attended)
+        moved = is_plain_conv(self.to_out, 1)
+        out = run_conv(self.to_out, attended, bias=not moved)
+        return Unsummed(out, x.h, added(x.bias, self.to_out.bias if moved else None))
 
 
 class ResidualBlock(nn.Module):
@@ -90,10 +134,7 @@ class ResidualBlock(nn.Module):
         self.norm_1 = make_norm(in_channels)
         self.conv_1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm_2 = make_norm(out_channels)
-        self.conv_2 = nn.Sequential(
-            CounterDropout(dropout, stream),
-            nn.Conv2d(out_channels, out_channels, 3, padding=1),
-        )
+        self.conv_2 = DropoutConv(out_channels, dropout, stream)
         self.time_bias = None if time_emb_dim is None else nn.Linear(time_emb_dim, out_channels)
         self.class_bias = None if num_classes is None else nn.Embedding(num_classes, out_channels)
         self.residual_connection = (
@@ -109,57 +150,99 @@ class ResidualBlock(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        x: Tensor | Unsummed,
         time_emb: Tensor | None,
         y: Tensor | None,
         rng: Tensor | None,
-        skip: Tensor | None = None,
-    ) -> Tensor:
+        skip: Tensor | Unsummed | None = None,
+    ) -> Tensor | tuple[Unsummed, Unsummed]:
         """(N, C1, H, W), act(temb) (N, D), (N,), [seed, step, first_index], (N, C2, H, W)
-        -> (N, C_out, H, W).
+        -> (N, C_out, H, W); of Unsummed x and skip also x with its residual added.
 
         `time_emb` comes already activated: the U-Net does it once for all blocks.
         """
+        whole = not isinstance(x, Unsummed)
+        if whole:
+            x, skip = Unsummed(x), None if skip is None else Unsummed(skip)
         if self.recompute == "block" and torch.is_grad_enabled():
-            # dropout is drawn by counter, so that there is no generator's state to preserve
-            run = functools.partial(
-                checkpoint, self._run, x, time_emb, y, rng, skip,
-                use_reentrant=False, preserve_rng_state=False,
-            )  # fmt: skip
-            if torch.compiler.is_compiling():
-                return run()
-            return run(context_fn=lambda: (nullcontext(), second_pass()))
-        return self._run(x, time_emb, y, rng, skip)
+            x = x.stored()
+            out = self._recomputed(x, time_emb, y, rng, skip)
+        else:
+            out, x = self._run(x, time_emb, y, rng, skip)
+        return out.sum() if whole else (out, x)
+
+    def _recomputed(self, x: Unsummed, *others: Any) -> Unsummed:
+        """_run's output, of which nothing but the inputs is saved for backward."""
+
+        def run(x: Unsummed, *others: Any) -> tuple[Tensor, Tensor | None]:
+            out = self._run(x, *others)[0].stored()
+            return out.h, out.bias
+
+        # dropout is drawn by counter, so that there is no generator's state to preserve
+        options = {"use_reentrant": False, "preserve_rng_state": False}
+        if not torch.compiler.is_compiling():
+            options["context_fn"] = lambda: (nullcontext(), second_pass())
+        out, bias = checkpoint(run, x, *others, **options)
+        return Unsummed(out, bias=bias)
 
     def _run(
         self,
-        x: Tensor,
+        x: Unsummed,
         time_emb: Tensor | None,
         y: Tensor | None,
         rng: Tensor | None,
-        skip: Tensor | None,
-    ) -> Tensor:
-        fused = fuses(self.norm_1, x, self.impl)
-        if skip is not None and not fused:
-            x, skip = torch.cat((x, skip), dim=1), None
+        skip: Unsummed | None,
+    ) -> tuple[Unsummed, Unsummed]:
+        """The output, and x with its residual added."""
+        stored = None
+        if not fuses(self.norm_1, x.h, self.impl):
+            stored = x = Unsummed(x.sum())
+            if skip is not None:
+                x, skip = Unsummed(torch.cat((x.h, skip.sum()), dim=1)), None
         add = self._bias(time_emb, y)
-        if fused:  # conv_1's bias joins what norm_2 adds on reading, saving a pass
+        # conv_1's bias joins what norm_2 adds on reading, saving a pass
+        moved = fuses(self.norm_2, x.h, self.impl) and is_plain_conv(self.conv_1, 3)
+        if moved and self.conv_1.bias is not None:
             bias = self.conv_1.bias
-            add = bias.expand(x.shape[0], -1) if add is None else add + bias
+            add = bias.expand(x.h.shape[0], -1) if add is None else add + bias
+        if self._recomputes_norms:
+            x = x.stored()
 
-        def first() -> Tensor:
-            return norm_act(self.norm_1, self.activation, x, skip=skip, impl=self.impl)
+            def first() -> Tensor:
+                return norm_unsummed(self.norm_1, self.activation, x, skip, self.impl)[0]
 
-        hidden = self._conv(self.conv_1, first, bias=not fused)
-        drop, conv_2 = self.conv_2
+            hidden = conv_of_recomputed(self.conv_1, first, bias=not moved)
+        else:
+            normed, x = norm_unsummed(self.norm_1, self.activation, x, skip, self.impl)
+            hidden = run_conv(self.conv_1, normed, bias=not moved)
+            del normed  # which nobody reads again, where no backward pass follows
+        out, bias = self._second(hidden, add, rng)
+        out = Unsummed(out, *self._shortcut(x, skip, bias))
+        return self._attend(out), x if stored is None else stored
+
+    @property
+    def _recomputes_norms(self) -> bool:
+        return self.recompute == "norm" and torch.is_grad_enabled()
+
+    def _second(
+        self, hidden: Tensor, add: Tensor | None, rng: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """conv_2(act(norm_2(hidden + add))), and its bias where that is not in it."""
+        named = {"add": add, "impl": self.impl}
+        if not (is_plain(self.conv_2, DropoutConv) and is_plain(self.conv_2[0], CounterDropout)):
+            normed = norm_act(self.norm_2, self.activation, hidden, **named)
+            return self.conv_2(normed, rng), None
+        drop, conv = self.conv_2
 
         def second() -> Tensor:
-            return norm_act(
-                self.norm_2, self.activation, hidden, add=add, drop=drop, rng=rng, impl=self.impl
-            )
+            return norm_act(self.norm_2, self.activation, hidden, drop=drop, rng=rng, **named)
 
-        out = self._conv(conv_2, second)
-        return self.attention(out + self._shortcut(x, skip))
+        moved = runs_fused(self.impl, hidden) and is_plain_conv(conv, 3)
+        if self._recomputes_norms:
+            out = conv_of_recomputed(conv, second, bias=not moved)
+        else:
+            out = run_conv(conv, second(), bias=not moved)
+        return out, conv.bias if moved else None
 
     def _bias(self, time_emb: Tensor | None, y: Tensor | None) -> Tensor | None:
         """What the time and the class add to each channel: (N, C_out)."""
@@ -169,19 +252,25 @@ class ResidualBlock(nn.Module):
         class_bias = self.class_bias(y)
         return class_bias if time_bias is None else time_bias + class_bias
 
-    def _conv(self, conv: nn.Conv2d, make_input: Callable[[], Tensor], bias: bool = True) -> Tensor:
-        if self.recompute == "norm" and torch.is_grad_enabled():
-            return conv_of_recomputed(conv, make_input, bias)
-        return run_conv(conv, make_input(), bias)
-
-    def _shortcut(self, x: Tensor, skip: Tensor | None) -> Tensor:
+    def _shortcut(
+        self, x: Unsummed, skip: Unsummed | None, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What is to be added to conv_2's output, whose bias may be moved into it."""
         conv = self.residual_connection
-        if skip is None:
-            return conv(x)
-        if isinstance(conv, nn.Identity):
-            return torch.cat((x, skip), dim=1)
-        of_x, of_skip = conv.weight.split((x.shape[1], skip.shape[1]), dim=1)
-        return F.conv2d(x, of_x, conv.bias) + F.conv2d(skip, of_skip)
+        if skip is None and is_plain(conv, nn.Identity):
+            return x.h, added(x.bias, bias)
+        parts = (x,) if skip is None else (x, skip)
+        if runs_fused(self.impl, x.h) and is_plain_conv(conv, 1):
+            return conv_1x1(conv, parts, bias), None
+        whole = [part.sum() for part in parts]
+        return conv(whole[0] if skip is None else torch.cat(whole, dim=1)), bias
+
+    def _attend(self, x: Unsummed) -> Unsummed:
+        if is_plain(self.attention, nn.Identity):
+            return x
+        if runs_fused(self.impl, x.h) and is_plain(self.attention, AttentionBlock):
+            return self.attention(x)
+        return Unsummed(self.attention(x.sum()))
 
 
 class Downsample(nn.Module):
@@ -196,59 +285,3 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.downsample(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
-
-
-class Upsample(nn.Module):
-    """Nearest-neighbour doubling, then a 3x3 conv, as one transposed conv of stride 2.
-
-    Each output phase sees only 2x2 distinct inputs, so the 3x3 taps that read the same input add
-    up: w4 = M w M^T, exact algebra at 4/9 of the multiplications and with no upsampled tensor.
-    mode  "transposed", "plain" (the two steps as written), or "auto": plain where so few pixels
-          come in that summing the taps costs more than it saves
-    """
-
-    # Pixels of the whole batch. 2 CPU cores, 256 channels, forward + backward, against plain:
-    # 64 pixels 2.1x slower, 256 equal, 1024 1.6x faster. GPU: not yet measured.
-    MIN_PIXELS = 512
-
-    def __init__(self, channels: int, mode: str = "auto") -> None:
-        super().__init__()
-        self.mode = mode
-        self.upsample = nn.Sequential(
-            nn.Upsample(scale_factor=2, mode="nearest"),
-            nn.Conv2d(channels, channels, 3, padding=1),
-        )
-        m = torch.tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=torch.float32)
-        self.register_buffer("tap_sums", torch.kron(m, m), persistent=False)  # (16, 9)
-
-    def forward(self, x: Tensor) -> Tensor:
-        n, _, h, w = x.shape
-        if self.mode == "plain" or (self.mode == "auto" and n * h * w < self.MIN_PIXELS):
-            return self.upsample(x)
-        conv = self.upsample[1]
-        return F.conv_transpose2d(
-            x, self._phase_weight(conv.weight), conv.bias, stride=2, padding=1
-        )
-
-    def _phase_weight(self, weight: Tensor) -> Tensor:
-        """(C_out, C_in, 3, 3) -> M w M^T as (C_in, C_out, 4, 4)."""
-        low = weight.dtype in (torch.float16, torch.bfloat16)  # whose sums double the error
-        if low or autocast_dtype(weight.device.type):
-            return self._added_taps(weight.float() if low else weight).to(weight.dtype)
-        c_out, c_in = weight.shape[:2]
-        taps = weight.permute(2, 3, 1, 0).reshape(9, c_in * c_out)
-        sums = self.tap_sums.to(weight.dtype) @ taps  # (16, C_in * C_out)
-        return sums.view(4, 4, c_in, c_out).permute(2, 3, 0, 1)
-
-    @staticmethod
-    def _added_taps(weight: Tensor) -> Tensor:
-        """The same by additions, which autocast leaves in fp32; channels_last.
-
-        On 2 CPU cores 1.2x slower for the whole layer than the product above. Not that product
-        with autocast switched off: torch caches no compiled graph that does so between runs.
-        """
-        taps = weight.permute(1, 2, 3, 0)  # (C_in, 3, 3, C_out)
-        for dim in (1, 2):
-            a, b, c = taps.unbind(dim)
-            taps = torch.stack((c, b + c, a + b, a), dim)
-        return taps.permute(0, 3, 1, 2)

@@ -116,6 +116,34 @@ class UNetConfig:
         """Padded height and width must be multiples of this many pixels."""
         return 2 ** (len(self.channel_mults) - 1)
 
+    def check_size(self, height: int, width: int) -> None:
+        """ValueError for images that cannot be halved once a level."""
+        pad, divisor = self.initial_pad, self.size_divisor
+        if (height + 2 * pad) % divisor or (width + 2 * pad) % divisor:
+            padded = f" after padding by {pad}" if pad else ""
+            raise ValueError(
+                f"image of {height}x{width} pixels{padded} must be divisible by {divisor} in "
+                f"height and width (channel_mults has {len(self.channel_mults)} levels)"
+            )
+
+    def check_norms(self, height: int, width: int, images: int | None) -> None:
+        """ValueError where a norm would have one value to normalise, at the lowest level.
+
+        images  of a training pass; None: running statistics are used
+        """
+        pad, divisor = self.initial_pad, self.size_divisor
+        if (height + 2 * pad) // divisor != 1 or (width + 2 * pad) // divisor != 1:
+            return
+        widths = [self.base_channels * mult for mult in self.channel_mults[-2:]]
+        alone = self.norm == "bn" or (self.norm == "gn" and self.num_groups in widths)
+        if self.norm == "in" or (alone and images == 1):
+            least = "" if self.norm == "in" else "at least 2 images, "
+            raise ValueError(
+                f"norm={self.norm!r} has one value to normalise, as {height}x{width} pixels are "
+                f"1x1 at the lowest of {len(self.channel_mults)} levels; allowed: {least}fewer "
+                "channel_mults or another norm"
+            )
+
     def to_json(self) -> dict[str, Any]:
         """Plain values only; raises ValueError for an activation that has no name."""
         if callable(self.activation):

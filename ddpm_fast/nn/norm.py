@@ -1,5 +1,6 @@
 """dropout(act(norm(cat([x, skip]) + add))): one fused op where there is one, plain torch elsewhere.
 
+Where there is one, it also adds up x from what the last block hands on, and stores the sum.
 Norm modules hold the parameters, under the original's names; the work is ops.group_norm_silu's
 when the norm is a group norm.
 """
@@ -18,6 +19,8 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from ddpm_fast import ops
 from ddpm_fast.kernels.group_norm_silu import runs_fused
+from ddpm_fast.nn.one_pass import Unsummed, joined_bias
+from ddpm_fast.nn.plain import is_plain
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -91,7 +94,30 @@ class CounterDropout(nn.Module):
 
 def fuses(norm: nn.Module, x: Tensor, impl: str) -> bool:
     """Whether norm_act runs our kernel on x."""
-    return isinstance(norm, nn.GroupNorm) and runs_fused(impl, x)
+    return runs_fused(impl, x) and is_plain(norm, nn.GroupNorm) and norm.affine
+
+
+def norm_unsummed(
+    norm: nn.Module,
+    activation: Activation | None,
+    x: Unsummed,
+    skip: Unsummed | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Unsummed]:
+    """act(norm(cat([x, skip], 1))), and x with its residual added; a skip has none."""
+    if not fuses(norm, x.h, impl):
+        x = Unsummed(x.sum())
+        joined = None if skip is None else skip.sum()
+        return norm_act(norm, activation, x.h, skip=joined, impl=impl), x
+    add = joined_bias((x,) if skip is None else (x, skip))
+    y = norm_act(
+        norm, activation, x.h, residual=x.residual, skip=None if skip is None else skip.h,
+        add=None if add is None else add.expand(x.h.shape[0], -1), impl=impl,
+    )  # fmt: skip
+    if x.residual is None:
+        return y, x
+    y, total = y
+    return y, Unsummed(total, bias=x.bias)
 
 
 def norm_act(
@@ -101,13 +127,16 @@ def norm_act(
     *,
     skip: Tensor | None = None,
     add: Tensor | None = None,
+    residual: Tensor | None = None,
     drop: CounterDropout | None = None,
     rng: Tensor | None = None,
     impl: str = "auto",
-) -> Tensor:
-    """dropout(act(norm(cat([x, skip], 1) + add))).
+) -> Tensor | tuple[Tensor, Tensor]:
+    """dropout(act(norm(cat([x + residual, skip], 1) + add))), with a residual also x + residual.
 
-    x (N, C1, H, W), skip (N, C2, H, W), add (N, C1 + C2), rng (3,) int64 -> (N, C1 + C2, H, W)
+    x, residual (N, C1, H, W), skip (N, C2, H, W), add (N, C1 + C2), rng (3,) int64
+    -> (N, C1 + C2, H, W)
+    A residual is for a norm that fuses and an activation that is SiLU or None.
     """
     if not fuses(norm, x, impl):
         x = x if skip is None else torch.cat((x, skip), dim=1)
@@ -116,6 +145,9 @@ def norm_act(
         x = x if activation is None else activation(x)
         return x if drop is None else drop(x, rng)
     if activation is not None and activation is not F.silu:
+        if residual is not None:
+            y, total = norm_act(norm, None, x, skip=skip, add=add, residual=residual, impl=impl)
+            return activation(y), total
         y = activation(norm_act(norm, None, x, skip=skip, add=add, impl=impl))
         return y if drop is None else drop(y, rng)
     dropping = drop is not None and drop.active
@@ -126,6 +158,7 @@ def norm_act(
         norm.num_groups,
         norm.eps,
         activation=None if activation is None else "silu",
+        residual=residual,
         concat=skip,
         add=add,
         dropout=drop.p if dropping else 0.0,

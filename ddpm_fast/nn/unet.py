@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddpm_fast.kernels.group_norm_silu import runs_fused
 from ddpm_fast.kernels.impl import chosen_impl
 from ddpm_fast.kernels.philox import Stream
 from ddpm_fast.nn import config as nn_config
@@ -16,11 +17,15 @@ from ddpm_fast.nn.blocks import (
     AttentionBlock,
     Downsample,
     ResidualBlock,
-    TimeEmbedding,
-    Upsample,
+    TimeMLP,
 )
 from ddpm_fast.nn.config import UNetConfig
-from ddpm_fast.nn.norm import make_norm, norm_act
+from ddpm_fast.nn.inputs import as_classes, as_times, check_images
+from ddpm_fast.nn.norm import make_norm, norm_unsummed
+from ddpm_fast.nn.one_pass import Unsummed
+from ddpm_fast.nn.plain import is_plain
+from ddpm_fast.nn.state_dict import strip_prefix
+from ddpm_fast.nn.upsample import Upsample
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -35,9 +40,9 @@ class UNet(nn.Module):
     The positional arguments and their defaults are the original repository's
     (dongwookim-ml/DDPM); the keyword ones are described at :class:`UNetConfig`.
 
-    In training mode with dropout, masks are functions of the int64 buffer `rng` = [seed, step,
+    In training mode with dropout, masks are functions of the int64 tensor `rng` = [seed, step,
     first_index]. Every such forward advances its step, so an ordinary training loop needs no
-    care; a trainer that wants exact resume writes the buffer before each forward. Under plain DDP
+    care; a trainer that wants exact resume writes the tensor before each forward. Under plain DDP
     each rank keeps its own: seed torch by the rank before the net is made. torch.utils.checkpoint
     around the net would draw other masks in its second pass: use `recompute`.
 
@@ -108,10 +113,10 @@ class UNet(nn.Module):
         self.impl, self.recompute = impl, recompute
         chosen_impl(impl)
         self._build(config)
-        rng = torch.tensor([torch.initial_seed() % 2**63, 0, 0], dtype=torch.int64)
-        self.register_buffer("rng", rng, persistent=False)
-        # DDP gives all ranks rank 0's buffers, and with this one its dropout masks.
-        self._ddp_params_and_buffers_to_ignore = ["rng"]
+        # No buffer: DDP gives all ranks rank 0's, and a net made on the meta device lacks them.
+        self.rng = torch.tensor(
+            [torch.initial_seed() % 2**63, 0, 0], dtype=torch.int64, device=_real_device(self)
+        )
         if config.init == "zero":
             self._zero_last_convs()
 
@@ -119,11 +124,8 @@ class UNet(nn.Module):
         base = config.base_channels
         self.time_mlp = None
         if config.time_emb_dim is not None:
-            self.time_mlp = nn.Sequential(
-                TimeEmbedding(base, config.time_emb_scale, config.freq_shift),
-                nn.Linear(base, config.time_emb_dim),
-                nn.SiLU(),
-                nn.Linear(config.time_emb_dim, config.time_emb_dim),
+            self.time_mlp = TimeMLP(
+                base, config.time_emb_dim, config.time_emb_scale, config.freq_shift
             )
         # On its channels as they are: padded to 8, for tensor cores, where bench/step_parts.py's
         # rows of a GPU show that it pays; not yet measured
@@ -176,28 +178,44 @@ class UNet(nn.Module):
         """Predict the noise in x_t.
 
         x        (N, C, H, W)  float; padded H and W multiples of config.size_divisor
-        time     (N,)          int or float steps; needed when the net has a time embedding
-        y        (N,)          int64 classes in [0, num_classes); needed when it has classes
+        time     (N,) or one   int or float steps; needed when the net has a time embedding
+        y        (N,) or one   int classes in [0, num_classes); needed when it has classes
         returns  (N, C, H, W)  as x
-        raises   ValueError    a missing input, or a shape or class outside its rule
+        raises   ValueError    a missing input, or a shape, dtype or class outside its rule
         """
-        self._check_inputs(x, time, y)
+        check_images(x, self.config, self.init_conv, self.training)
+        if self.num_classes is not None:
+            if y is None:
+                raise ValueError("y=None, but the net was built with num_classes: pass (N,)")
+            y = as_classes(y, x, self.num_classes)
+        time_emb, rng = self._time_embedding(time, x), self._next_rng(x)
         pad = self.initial_pad
         if pad:
             x = F.pad(x, (pad,) * 4)
-        time_emb, rng = self._time_embedding(time), self._next_rng()
+        x = Unsummed(self.init_conv(x))
+        hands_on = runs_fused(self.impl, x.h)
 
-        x = self.init_conv(x)
+        def through(layer: nn.Module, x: Unsummed, *skip: Unsummed) -> tuple[Unsummed, Unsummed]:
+            """layer(x), and x with its residual added."""
+            if hands_on and is_plain(layer, ResidualBlock):
+                return layer(x, time_emb, y, rng, *skip)
+            x = Unsummed(x.sum())
+            if isinstance(layer, (Downsample, Upsample)):
+                return Unsummed(layer(x.h)), x
+            return Unsummed(layer(x.h, time_emb, y, rng, *(s.sum() for s in skip))), x
+
         skips = [x]
         for layer in self.downs:
-            x = layer(x) if isinstance(layer, Downsample) else layer(x, time_emb, y, rng)
+            x, skips[-1] = through(layer, x)
             skips.append(x)
-        for layer in self.mid:
-            x = layer(x, time_emb, y, rng)
+        first, *others = self.mid
+        x, skips[-1] = through(first, x)
+        for layer in others:
+            x = through(layer, x)[0]
         for layer in self.ups:
-            up = isinstance(layer, Upsample)
-            x = layer(x) if up else layer(x, time_emb, y, rng, skips.pop())
-        x = self.out_conv(norm_act(self.out_norm, self.activation, x, impl=self.impl))
+            skip = () if isinstance(layer, Upsample) else (skips.pop(),)
+            x = through(layer, x, *skip)[0]
+        x = self.out_conv(norm_unsummed(self.out_norm, self.activation, x, impl=self.impl)[0])
         return x[:, :, pad:-pad, pad:-pad] if pad else x
 
     def set_rng(self, seed: int, step: int, first_index: int = 0) -> None:
@@ -205,43 +223,38 @@ class UNet(nn.Module):
         for i, value in enumerate((seed, step, first_index)):
             self.rng[i].fill_(value)  # a launch, where copying from the host would wait
 
-    def _time_embedding(self, time: Tensor | None) -> Tensor | None:
+    def load_state_dict(self, state_dict: Mapping[str, Any], *options: Any, **named: Any) -> Any:
+        """nn.Module's; RuntimeError naming a prefix that all names have."""
+        prefix = strip_prefix(state_dict)[1]
+        if prefix:
+            raise RuntimeError(
+                f"names in the state dict begin with {prefix!r}, must be the net's own: "
+                "ddpm_fast.nn.state_dict.strip_prefix takes it off"
+            )
+        return super().load_state_dict(state_dict, *options, **named)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> UNet:
+        super()._apply(fn, recurse)
+        self.rng = self.rng.to(_real_device(self))
+        return self
+
+    def _time_embedding(self, time: Any, x: Tensor) -> Tensor | None:
         """(N,) -> activated embedding (N, D), shared by all blocks."""
         if self.time_mlp is None:
             return None
-        embedding, linear, silu, out = self.time_mlp
-        return self.activation(out(silu(linear(embedding(time).to(linear.weight.dtype)))))
+        if time is None:
+            raise ValueError("time=None, but the net was built with time_emb_dim: pass (N,)")
+        time = as_times(time, x)
+        return self.activation(self.time_mlp(time))
 
-    def _next_rng(self) -> Tensor | None:
-        """This forward's [seed, step, first_index]; the buffer moves on to the next step."""
+    def _next_rng(self, x: Tensor) -> Tensor | None:
+        """This forward's [seed, step, first_index]; the tensor moves on to the next step."""
         if not (self.training and self.config.dropout):
             return None
-        rng = self.rng.clone()  # backward redraws its masks from it after the buffer moved on
+        # a copy: backward redraws its masks from it after self.rng moved on
+        rng = self.rng.to(x.device, copy=True)
         self.rng[1] += 1
         return rng
-
-    def _check_inputs(self, x: Tensor, time: Tensor | None, y: Tensor | None) -> None:
-        config, pad = self.config, self.initial_pad
-        if x.ndim != 4 or x.shape[1] != config.img_channels:
-            raise ValueError(
-                f"x has shape {tuple(x.shape)}, must be (N, {config.img_channels}, H, W)"
-            )
-        n, _, h, w = x.shape
-        if (h + 2 * pad) % config.size_divisor or (w + 2 * pad) % config.size_divisor:
-            padded = f" after padding by {pad}" if pad else ""
-            raise ValueError(
-                f"image of {h}x{w} pixels{padded} must be divisible by {config.size_divisor} "
-                f"in height and width (channel_mults has {len(config.channel_mults)} levels)"
-            )
-        if self.time_mlp is not None:
-            if time is None:
-                raise ValueError("time=None, but the net was built with time_emb_dim: pass (N,)")
-            if time.shape != (n,):
-                raise ValueError(f"time has shape {tuple(time.shape)}, must be ({n},) as x's batch")
-        if config.num_classes is not None:
-            if y is None:
-                raise ValueError("y=None, but the net was built with num_classes: pass (N,)")
-            _check_classes(y, n, config.num_classes)
 
     def _zero_last_convs(self) -> None:
         convs = [self.out_conv]
@@ -292,12 +305,7 @@ def _activation_name(activation: Callable[[Tensor], Tensor] | str) -> Callable |
     return activation
 
 
-def _check_classes(y: Tensor, n: int, num_classes: int) -> None:
-    if y.shape != (n,):
-        raise ValueError(f"y has shape {tuple(y.shape)}, must be ({n},) as x's batch")
-    # Reading values would make the host wait for a GPU and would break a traced graph.
-    if y.device.type == "cpu" and not torch.compiler.is_compiling() and n:
-        low, high = int(y.min()), int(y.max())
-        if low < 0 or high >= num_classes:
-            bad = low if low < 0 else high
-            raise ValueError(f"y holds class {bad}, must be from 0 to {num_classes - 1}")
+def _real_device(net: nn.Module) -> torch.device:
+    """That of the net's weights, or the CPU where these are on the meta device."""
+    device = next(net.parameters()).device
+    return torch.device("cpu") if device.type == "meta" else device

@@ -173,6 +173,13 @@ def make_step(
     """Everything that a step needs, at step 0; weights follow from config.seed."""
     config = for_ranks(config, device, world)
     net_config = fit_net_config(config, images)
+    share = config.batch_size // world.size  # of the rank, and of its parts, that have fewest
+    try:
+        net_config.check_norms(
+            *images.images.shape[2:], share // min(config.grad_accumulation, share)
+        )
+    except ValueError as error:
+        raise UsageError(f"--norm {config.norm}: {error}") from None
     if config.use_labels and images.labels is None:
         raise UsageError(
             f"--use-labels, but {images.name} has no labels: digits, cifar10, folders with "

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import ddpm_fast as df
-from ddpm_fast.nn import blocks
+from ddpm_fast.nn import blocks, norm
 from tests import original
 
 pytest.importorskip("triton")
@@ -48,9 +48,10 @@ def assert_same(found, expected, tolerance):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, dict(activation="relu"), dict(time_emb_dim=None, num_classes=None, dropout=0.0)],
+    [{}, dict(activation="relu"), dict(time_emb_dim=None, num_classes=None, dropout=0.0),
+     dict(num_res_blocks=2, attention_resolutions=(0, 1), upsample="transposed")],
     ids=str,
-)
+)  # fmt: skip
 def test_fused_net_is_the_reference_forward_and_backward(changes):
     expected = run(build(**changes, impl="reference"))
     assert_same(run(build(**changes, impl="fused")), expected, 2e-5)  # fp32 sums, 20 layers
@@ -99,15 +100,16 @@ def test_recomputing_counts_no_image_twice_in_running_statistics(recompute):
 
 @pytest.mark.parametrize("recompute, kept", [(None, True), ("norm", False), ("block", False)])
 def test_recomputed_norm_outputs_are_not_kept_for_backward(recompute, kept, monkeypatch):
-    outputs, norm_act = [], blocks.norm_act
+    outputs, norm_act = [], norm.norm_act
 
-    def watched(norm, activation, *arguments, **options):
-        y = norm_act(norm, activation, *arguments, **options)
-        if activation is not None:  # not the attention's
+    def watched(module, activation, *arguments, **options):
+        y = norm_act(module, activation, *arguments, **options)
+        if activation is not None and module is not net.out_norm:  # not the attention's
             outputs.append(weakref.ref(y))
         return y
 
-    monkeypatch.setattr(blocks, "norm_act", watched)
+    for module in (norm, blocks):
+        monkeypatch.setattr(module, "norm_act", watched)
     net = build(recompute=recompute, dropout=0.0)
     out = net(torch.randn(2, 1, 8, 8, device=DEVICE), torch.tensor([1, 2], device=DEVICE),
               torch.tensor([0, 1], device=DEVICE))  # fmt: skip

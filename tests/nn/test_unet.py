@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import ddpm_fast as df
-from ddpm_fast.nn.blocks import Upsample
 from ddpm_fast.nn.config import PRESETS
 from tests import original
 
@@ -146,32 +145,6 @@ def test_asymmetric_downsampling_pads_right_and_bottom():
         F.pad(x, (0, 1, 0, 1)), down.downsample.weight, down.downsample.bias, stride=2
     )
     assert torch.equal(down(x), expected) and expected.shape[-1] == 2
-
-
-@pytest.mark.parametrize("size", [(1, 1), (2, 3), (16, 16)])
-def test_transposed_upsampling_is_the_plain_one(size):
-    torch.manual_seed(0)
-    exact, plain = Upsample(6, "transposed").double(), Upsample(6, "plain").double()
-    plain.load_state_dict(exact.state_dict())
-    x = torch.randn(2, 6, *size, dtype=torch.float64)
-    gradients = []
-    for module in (exact, plain):
-        leaf = x.clone().requires_grad_()
-        out = module(leaf)
-        out.square().sum().backward()
-        gradients.append((out, leaf.grad, module.upsample[1].weight.grad))
-    for found, expected in zip(*gradients, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)  # fp64 rounding
-
-
-def test_auto_upsampling_switches_at_its_threshold():
-    auto, transposed = Upsample(4, "auto"), Upsample(4, "transposed")
-    transposed.load_state_dict(auto.state_dict())
-    big = torch.randn(2, 4, 16, 16)
-    assert Upsample.MIN_PIXELS == 2 * 16 * 16
-    assert torch.equal(auto(big), transposed(big))
-    small = big[:1]
-    assert torch.equal(auto(small), auto.upsample(small))
 
 
 def test_initial_pad_lets_any_fitting_size_through():
