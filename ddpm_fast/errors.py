@@ -1,4 +1,4 @@
-"""What error lines share: suggestions, and the errors that commands report as one line."""
+"""The errors that commands report as one line, their exit codes, and suggestions."""
 
 from __future__ import annotations
 
@@ -12,6 +12,33 @@ class Failure(Exception):
 
 class UsageError(ValueError):
     """A bad argument: one line saying what was given and what is allowed, exit code 2."""
+
+
+class MachineRefusal(UsageError):
+    """A refusal that this machine's ranks meet, and other machines' ranks may not.
+
+    speaks  whether this is the rank that says it
+    """
+
+    def __init__(self, text: str, *, speaks: bool) -> None:
+        super().__init__(text)
+        self.speaks = speaks
+
+
+class SaidElsewhere(Exception):
+    """Another rank ends the work and says why; this one ends without a word, with its exit code."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"another rank has ended with exit code {code}")
+        self.code = code
+
+
+FORESEEN = (Failure, UsageError, OSError)
+
+
+def exit_code(error: Exception) -> int:
+    """2 for a bad argument, 1 for any other foreseen error."""
+    return 2 if isinstance(error, UsageError) else 1
 
 
 def nearest(given: object, allowed: Iterable[object]) -> str:

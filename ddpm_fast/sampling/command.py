@@ -57,7 +57,7 @@ def draw(options: SampleOptions) -> None:
 
 def _draw(options: SampleOptions, device: torch.device, world: World) -> None:
     trained = _load(options, device, world)
-    _check(options, trained)
+    world.together(lambda: _check(options, trained))
     dtype = _dtype(options, device)
     precision = "fp32" if dtype is None else "bf16"
     identity = {**options.identity(), "precision": precision, "weights": _fingerprint(trained)}
@@ -136,9 +136,14 @@ def _load(options: SampleOptions, device: torch.device, world: World) -> Trained
         except ValueError as error:
             raise UsageError(str(error)) from None
 
-    own = load(options.checkpoint) if world.is_chief else None
-    path = world.from_chief(lambda: str(own.path))
-    return own or load(path)
+    own: list[Trained] = []
+
+    def load_first() -> str:
+        own.append(load(options.checkpoint))
+        return str(own[0].path)
+
+    path = world.from_chief(load_first)
+    return world.together(lambda: own[0] if own else load(path))
 
 
 def _missing_batches(options: SampleOptions, folder: SampleFolder) -> list[tuple[int, int]]:

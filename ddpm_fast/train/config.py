@@ -6,18 +6,52 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from ddpm_fast.arguments import parse, rewrite
-from ddpm_fast.errors import UsageError, nearest
+from ddpm_fast.arguments import HELP, given_values, parse
+from ddpm_fast.errors import MachineRefusal, UsageError, nearest
 from ddpm_fast.nn import config as nn_config
 from ddpm_fast.nn.config import UNetConfig
+from ddpm_fast.values import check_ranges
 
 PROG = "python -m ddpm_fast.train"
 CONFIG_NAME = "config.json"
+MOST_STEPS, MOST_CHANNELS = 2**31 - 1, 2**14
+
+# What a number may be, ends included; more than any run needs is a slip of the hand.
+RANGES = {
+    "image_size": (1, 2**14),
+    "base_channels": (1, MOST_CHANNELS),
+    "channel_mults": (1, MOST_CHANNELS),
+    "num_res_blocks": (1, 1000),
+    "time_emb_dim": (1, 2**16),
+    "attention_resolutions": (0, 13),
+    "num_groups": (1, MOST_CHANNELS),
+    "num_timesteps": (1, 10**6),
+    "schedule_low": (1e-12, 1.0),
+    "schedule_high": (1e-12, 1.0),
+    "iterations": (1, MOST_STEPS),
+    "batch_size": (1, 2**20),
+    "batch_size_per_gpu": (1, 2**20),
+    "grad_accumulation": (1, 2**20),
+    "learning_rate": (1e-12, 1e3),
+    "warmup_steps": (0, MOST_STEPS),
+    "weight_decay": (0.0, 1e3),
+    "grad_clip": (0.0, 1e12),
+    "ema_update_rate": (1, MOST_STEPS),
+    "seed": (0, 2**63 - 1),
+    "timeout": (0.1, 1e7),
+    "log_every": (1, MOST_STEPS),
+    "sample_every": (0, MOST_STEPS),
+    "sample_images": (1, 2**12),
+    "sample_steps": (1, 10**6),
+    "checkpoint_every": (0, MOST_STEPS),
+    "keep_checkpoints": (1, MOST_STEPS),
+    "keep_every": (0, MOST_STEPS),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,21 +183,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_preset(self.preset)
-        for name in ("iterations", "batch_size", "grad_accumulation", "num_timesteps", "log_every",
-                     "ema_update_rate", "keep_checkpoints", "sample_images",
-                     "sample_steps"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("sample_every", "checkpoint_every", "warmup_steps", "grad_clip",
-                     "weight_decay", "keep_every"):  # fmt: skip
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
-        if self.batch_size_per_gpu is not None and self.batch_size_per_gpu < 1:
-            raise ValueError(f"batch_size_per_gpu={self.batch_size_per_gpu} must be at least 1")
-        if not 0.1 <= self.timeout <= 1e7:
-            raise ValueError(f"timeout={self.timeout} must be from 0.1 to 1e7 seconds")
-        if not 0 < self.learning_rate < float("inf"):
-            raise ValueError(f"learning_rate={self.learning_rate} must be positive and finite")
+        check_ranges(self, RANGES)
         decays = (self.ema_decay, *self.extra_ema_decays)
         if not all(0 <= decay < 1 for decay in decays):
             raise ValueError(
@@ -175,8 +195,11 @@ class TrainConfig:
                 f"extra_ema_decays={self.extra_ema_decays} must differ from each other and from "
                 f"ema_decay={self.ema_decay}"
             )
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed={self.seed} must be from 0 to 2**63 - 1")
+        if self.base_channels * max(self.channel_mults, default=1) > MOST_CHANNELS:
+            raise UsageError(
+                f"--base-channels {self.base_channels} times --channel-mults "
+                f"{self.channel_mults} must be at most {MOST_CHANNELS} channels"
+            )
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise ValueError(f"device={self.device!r} must be auto, cpu, cuda or cuda:N")
         self.net_config()
@@ -260,7 +283,8 @@ class Invocation:
 
 def parse_command(argv: Sequence[str]) -> Invocation:
     """argv -> Invocation; UsageError for anything that cannot be run."""
-    given = _control_values(rewrite(TrainCommand, argv, RENAMED))
+    shows_help = any(word in HELP for word in argv)
+    given = {} if shows_help else given_values(TrainCommand, argv, RENAMED)
     try:
         base, resume, notes = _base_values(given)
         default = TrainCommand(**base)
@@ -320,35 +344,21 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, (int, float) if hint is float else hint)
 
 
-def _control_values(argv: list[str]) -> dict[str, str | None]:
-    """The flags that decide where the other values come from, read before the full parse."""
-    given: dict[str, str | None] = {}
-    for flag, value in zip(argv, [*argv[1:], None], strict=False):
-        name = flag.removeprefix("--")
-        if name in ("auto-resume", "no-auto-resume"):
-            given["auto-resume"] = None if name.startswith("no-") else "yes"
-        elif name in ("preset", "config", "resume", "run-dir") and flag.startswith("--"):
-            if not value or value.startswith("--"):
-                raise UsageError(f"{flag} needs a value")
-            given[name] = value
-    return given
-
-
-def _base_values(given: dict[str, str | None]) -> tuple[dict[str, Any], bool, tuple[str, ...]]:
+def _base_values(given: Mapping[str, Any]) -> tuple[dict[str, Any], bool, tuple[str, ...]]:
     """Values under the flags, whether an existing run goes on, and what is to be said of them."""
-    run_dir = given.get("resume")
-    if given.get("auto-resume"):
-        if run_dir or not given.get("run-dir"):
+    run_dir, config = given.get("resume"), given.get("config")
+    if given.get("auto_resume"):
+        if run_dir or not given.get("run_dir"):
             raise UsageError("--auto-resume goes with --run-dir DIR and without --resume")
-        folder = Path(given["run-dir"])
+        folder = Path(given["run_dir"])
         if (folder / CONFIG_NAME).is_file() or _manifests(folder):
-            run_dir = given["run-dir"]
-    if given.get("resume") and given.get("config"):
+            run_dir = given["run_dir"]
+    if given.get("resume") and config:
         raise UsageError("--resume takes the run's own configuration: allowed without --config")
     if run_dir:
         values, notes = _run_values(Path(run_dir))
         return {**values, "run_dir": run_dir}, True, notes
-    values = read_config(Path(given["config"])) if given.get("config") else {}
+    values = read_config(Path(config)) if config else {}
     values.pop("run_dir", None)  # a new run has its own folder
     preset = given.get("preset") or values.get("preset", "digits")
     return {**preset_values(preset), **values, "preset": preset}, False, ()
@@ -357,9 +367,11 @@ def _base_values(given: dict[str, str | None]) -> tuple[dict[str, Any], bool, tu
 def _run_values(folder: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The values of a run that goes on; where config.json is damaged, its checkpoints have them."""
     if not folder.is_dir():
-        rank = os.environ.get("RANK", "0")
+        rank, local = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
         where = "" if rank == "0" else f" that rank {rank} can see; all nodes must share it"
-        raise UsageError(f"--resume {folder}: no such run folder{where}")
+        raise MachineRefusal(
+            f"--resume {folder}: no such run folder{where}", speaks=rank == "0" or local == "0"
+        )
     path = folder / CONFIG_NAME
     try:
         json.loads(path.read_text())
@@ -368,6 +380,11 @@ def _run_values(folder: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError, UsageError):
                 values = _checked_values(json.loads(manifest.read_text())["config"], manifest)
                 return values, (f"warning: {path} is damaged: its values are those in {manifest}",)
+    if not path.exists():
+        raise UsageError(
+            f"--resume {folder}: not a run folder, as it holds no {CONFIG_NAME}; allowed: the "
+            "--run-dir of an earlier run"
+        )
     return read_config(path), ()
 
 

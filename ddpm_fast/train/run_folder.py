@@ -114,7 +114,8 @@ class RunFolder:
         """Add a line; what a full disk took of it goes again, so that the next is one by itself."""
         try:
             with open(path, "ab", buffering=0) as file:
-                size, data = file.tell(), f"{line}\n".encode()
+                size = file.tell()
+                data = f"{line}\n".encode(errors="backslashreplace")
                 try:
                     while data:
                         data = data[file.write(data) :]
