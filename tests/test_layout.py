@@ -36,7 +36,8 @@ ALSO = {
 
 USES_TORCH = {"ddpm_fast.data.order", "ddpm_fast.data.batches", "ddpm_fast.data.read_ahead"}
 LIGHT = ("ddpm_fast.errors", "ddpm_fast.values", "ddpm_fast.arguments", "ddpm_fast.cli",
-         "ddpm_fast.nn.config", "ddpm_fast.train.config", "ddpm_fast.sampling.options", "ddpm_fast.doctor.__main__",
+         "ddpm_fast.nn.config", "ddpm_fast.train.config", "ddpm_fast.sampling.options",
+         "ddpm_fast.doctor.__main__",
          "ddpm_fast.doctor.rows", "ddpm_fast.doctor.checks", "ddpm_fast.doctor.table")  # fmt: skip
 VAGUE = {"util", "utils", "helper", "helpers", "common", "misc", "manager", "managers"}
 

@@ -10,7 +10,7 @@ from ddpm_fast.data.array import open_array
 from ddpm_fast.data.cifar10 import open_cifar10
 from ddpm_fast.data.digits import open_digits
 from ddpm_fast.data.folder import open_folder
-from ddpm_fast.data.image_set import CHANNELS, DataError, ImageSet
+from ddpm_fast.data.image_set import CHANNELS, DataArgumentError, ImageSet
 from ddpm_fast.data.progress import OnProgress
 from ddpm_fast.errors import nearest
 
@@ -41,13 +41,14 @@ def open_images(
                       that counts and names them, instead of raising
     on_progress       called as (what, done, total), from this thread, in place of the progress bar
     returns           ImageSet
-    raises            DataError  one line: what was given and what is allowed
+    raises            DataError  one line: what was given and what is allowed; DataArgumentError
+                      where no file is at fault
     """
     data_root = Path(data_root)
     if image_size is not None and image_size < 1:
-        raise DataError(f"image_size={image_size}; allowed: 1 or more pixels")
+        raise DataArgumentError(f"image_size={image_size}; allowed: 1 or more pixels")
     if channels not in (None, *CHANNELS):
-        raise DataError(f"channels={channels}; allowed: 1 (grey) or 3 (RGB)")
+        raise DataArgumentError(f"channels={channels}; allowed: 1 (grey) or 3 (RGB)")
     wanted = {"image_size": image_size, "channels": channels}
     if source == "digits":
         return open_digits(**wanted)
@@ -65,5 +66,7 @@ def open_images(
     if is_file and suffix == ".zip":
         return open_zip(path, data_root=data_root, **wanted, **decoding)
     if is_file:
-        raise DataError(f"{name!r} is a file of another kind; allowed: {ALLOWED}")
-    raise DataError(f"no data called {name!r}{nearest(name.lower(), NAMES)}; allowed: {ALLOWED}")
+        raise DataArgumentError(f"{name!r} is a file of another kind; allowed: {ALLOWED}")
+    raise DataArgumentError(
+        f"no data called {name!r}{nearest(name.lower(), NAMES)}; allowed: {ALLOWED}"
+    )

@@ -40,7 +40,7 @@ def _opened(
     except ImportError:
         raise UsageError(f"--{name} needs the {name} package: pip install {name}") from None
     except Exception as error:
-        raise Failure(f"--{name} does not start: {error}; train without it, or mend that") from error
+        raise Failure(f"--{name} does not start: {error}; training without it would") from error
 
     def track(step: int, values: dict[str, float]) -> None:
         try:
