@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
 import time
 import traceback
@@ -134,10 +135,10 @@ def run_command(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except FORESEEN as error:
-        if not getattr(error, "speaks", _speaks()):
-            time.sleep(SILENT_S)  # torchrun ends all ranks when the first has ended
-            return exit_code(error)
-        return report(prog, error)
+        if getattr(error, "speaks", _speaks()):
+            return report(prog, error)
+        _wait_for_the_speaker(exit_code(error))
+        return exit_code(error)
     except (RuntimeError, ValueError) as error:
         if not str(error).startswith('impl="fused"'):
             raise
@@ -157,6 +158,15 @@ def _take_any_text() -> None:
 def _speaks() -> bool:
     """Whether this process is rank 0, or the only one: all ranks are given the same arguments."""
     return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+
+
+def _wait_for_the_speaker(code: int) -> None:
+    """Give the rank that speaks the time to: torchrun ends all ranks when the first has ended."""
+    before = signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
+    try:
+        time.sleep(SILENT_S)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def report(prog: str, error: Exception) -> int:
