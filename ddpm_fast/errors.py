@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 
@@ -37,8 +38,9 @@ FORESEEN = (Failure, UsageError, OSError)
 
 
 def exit_code(error: Exception) -> int:
-    """2 for a bad argument, 1 for any other foreseen error."""
-    return 2 if isinstance(error, UsageError) else 1
+    """2 for a bad argument, which a path is that no file can have; 1 for other foreseen errors."""
+    no_path = isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.EILSEQ)
+    return 2 if no_path or isinstance(error, UsageError) else 1
 
 
 def nearest(given: object, allowed: Iterable[object]) -> str:

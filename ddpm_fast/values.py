@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from decimal import Decimal, InvalidOperation
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -54,6 +55,22 @@ def check_ranges(values: object, ranges: Mapping[str, tuple[float, float]]) -> N
                 raise UsageError(
                     f"--{name.replace('_', '-')} {shown(number)} must be from {low} to {high}"
                 )
+
+
+def plain(value: Any) -> Any:
+    """NumPy's and torch's numbers as Python's own, lists and arrays as tuples; others as they are.
+
+    JSON, hashes and comparisons want them so.
+    """
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    return tuple(map(plain, value)) if isinstance(value, list | tuple) else value
+
+
+def make_plain(config: object) -> None:
+    """Have the fields of a frozen dataclass be plain, from its __post_init__."""
+    for field in fields(config):
+        object.__setattr__(config, field.name, plain(getattr(config, field.name)))
 
 
 def shown(value: object) -> str:

@@ -9,13 +9,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ddpm_fast.arguments import HELP, given_values, parse
 from ddpm_fast.errors import MachineRefusal, UsageError, nearest
 from ddpm_fast.nn import config as nn_config
 from ddpm_fast.nn.config import UNetConfig
-from ddpm_fast.values import check_ranges
+from ddpm_fast.values import check_ranges, make_plain, shown
 
 PROG = "python -m ddpm_fast.train"
 CONFIG_NAME = "config.json"
@@ -182,6 +183,7 @@ class TrainConfig:
     """also log to Weights & Biases (pip install wandb)"""
 
     def __post_init__(self) -> None:
+        make_plain(self)
         _check_preset(self.preset)
         check_ranges(self, RANGES)
         decays = (self.ema_decay, *self.extra_ema_decays)
@@ -307,7 +309,7 @@ def read_config(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text())
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror or error}; give a run's {CONFIG_NAME}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UsageError(f"{path} is not JSON; give a run's {CONFIG_NAME}") from None
     return _checked_values(values, path)
 
@@ -323,10 +325,16 @@ def _checked_values(values: Any, path: Path) -> dict[str, Any]:
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
     hints = get_type_hints(TrainConfig)
     for name, value in values.items():
+        if isinstance(value, str) and "\0" in value:
+            raise UsageError(f"{path}: {name} is {value!r}, must hold no zero byte")
         if not _fits(value, hints[name]):
             options = get_args(hints[name])
             allowed = f"of {options}" if options else f"of type {hints[name].__name__}"
-            raise UsageError(f"{path}: {name} is {value!r}, must be {allowed}")
+            raise UsageError(f"{path}: {name} is {shown(repr(value))}, must be {allowed}")
+    try:
+        check_ranges(SimpleNamespace(**{name: values.get(name) for name in RANGES}), RANGES)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
     return values
 
 
@@ -375,7 +383,7 @@ def _run_values(folder: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     path = folder / CONFIG_NAME
     try:
         json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         for manifest in reversed(_manifests(folder)):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError, UsageError):
                 values = _checked_values(json.loads(manifest.read_text())["config"], manifest)

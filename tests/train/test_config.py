@@ -2,14 +2,18 @@
 
 import json
 
+import numpy as np
 import pytest
+import torch
 
 from ddpm_fast.errors import UsageError
+from ddpm_fast.nn.config import UNetConfig
 from ddpm_fast.train.config import PRESETS, TrainConfig, parse_command
 
 # Every train flag of the original repository, with a value it could have had.
 ORIGINAL_FLAGS = {
     "--iterations 20000": ("iterations", 20000),
+    "--iterations 2e4": ("iterations", 20000),
     "--batch_size 96": ("batch_size", 96),
     "--learning_rate 2e-4": ("learning_rate", 2e-4),
     "--num_timesteps 500": ("num_timesteps", 500),
@@ -101,12 +105,13 @@ def test_a_new_run_does_not_take_the_folder_of_the_one_it_copies(tmp_path):
     ("key", "value"),
     [("schedule", "foo"), ("precision", "fp16"), ("batch_size", "8"), ("batch_size", True),
      ("batch_size", 8.0), ("channel_mults", 5), ("channel_mults", [1, "2"]), ("data", 3),
-     ("compile", "no"), ("seed", None), ("dropout", "0.1"), ("bach_size", 8)],
+     ("compile", "no"), ("seed", None), ("dropout", "0.1"), ("bach_size", 8),
+     ("data", "a\0b"), ("weight_decay", float("nan")), ("seed", 10**22)],
 )  # fmt: skip
 def test_a_value_of_the_wrong_kind_in_a_config_is_named(tmp_path, key, value):
     path = tmp_path / "config.json"
     path.write_text(json.dumps({key: value}))
-    with pytest.raises(UsageError, match=f"config.json.*{key}"):
+    with pytest.raises(UsageError, match=f"config.json.*{key.replace('_', '[-_]')}"):
         parsed(f"--config {path}")
 
 
@@ -117,7 +122,31 @@ def test_a_config_may_hold_null_and_whole_numbers_where_they_fit(tmp_path, key, 
     parsed(f"--config {path}")
 
 
-@pytest.mark.parametrize("text", ["not json", "[1, 2]", '"digits"', ""])
+def test_a_resumed_run_takes_its_own_values_again_and_a_folder_without_one_is_named(tmp_path):
+    (tmp_path / "config.json").write_text(TrainConfig(ema_decay=0.9).to_json())
+    assert parsed(f"--resume {tmp_path} --ema-decay 0.9").ema_decay == 0.9
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="--resume .*empty: not a run folder.* no config.json"):
+        parsed(f"--resume {tmp_path / 'empty'}")
+
+
+def test_numbers_of_numpy_and_torch_are_pythons_own_in_a_configuration():
+    own = TrainConfig(
+        iterations=np.int64(5), learning_rate=np.float32(0.5), channel_mults=[np.int8(1), 2],
+        attention_resolutions=torch.tensor([1]), seed=torch.tensor(7), dropout=np.array(0.25),
+    )  # fmt: skip
+    plain = TrainConfig(
+        iterations=5, learning_rate=0.5, channel_mults=(1, 2), attention_resolutions=(1,), seed=7,
+        dropout=0.25,
+    )  # fmt: skip
+    assert own == plain and own.to_json() == plain.to_json()
+    assert hash(own) == hash(plain)
+    net = UNetConfig(img_channels=np.int64(1), base_channels=torch.tensor(32), channel_mults=[1])
+    assert net == UNetConfig(img_channels=1, base_channels=32, channel_mults=(1,))
+    assert json.dumps(net.to_json())
+
+
+@pytest.mark.parametrize("text", ["not json", "[1, 2]", '"digits"', "", "[" * 100_000])
 def test_a_config_that_is_none_is_refused(tmp_path, text):
     path = tmp_path / "config.json"
     path.write_text(text)
@@ -143,7 +172,15 @@ def test_a_config_that_is_none_is_refused(tmp_path, text):
         ("--num-groups 5", "num_groups=5 must divide channels=32"),
         ("--device tpu", "device='tpu' must be auto, cpu, cuda or cuda:N"),
         ("--channel-mults", "channel_mults"),
-        ("--channel-mults 1,x", "channel-mults"),
+        ("--channel-mults 1,x", "--channel-mults was given '1,x'; allowed: a whole number"),
+        ("--base-channels 1000000", "--base-channels 1000000 must be from 1 to"),
+        ("--base-channels 64 --channel-mults 1,1000", "must be at most 16384 channels"),
+        ("--batch-size 1e22", "--batch-size was given '1e22'"),
+        ("--batch-size 1e12", "--batch-size 1000000000000 must be from 1 to"),
+        ("--sample-images 1e12", "--sample-images 1000000000000 must be from 1 to"),
+        ("--weight-decay inf", "--weight-decay inf must be from"),
+        ("--schedule-low nan", "--schedule-low nan must be from"),
+        ("--timeout nan", "--timeout nan must be from"),
         ("--schedule cosin", "('linear', 'cosine', 'sigmoid')"),
         ("--preset cifar11", "did you mean 'cifar10'?"),
         ("--bach-size 3", "unknown flag --bach-size (did you mean '--batch-size'?)"),
