@@ -64,9 +64,11 @@ from ddpm_fast.train.summary import summarise
 from ddpm_fast.train.trackers import Track, open_trackers
 
 
-def train(invocation: Invocation) -> None:
+def train(invocation: Invocation) -> int:
     """Run an invocation to its end or until it is told to stop.
 
+    returns the exit code: 0, or 1 where another node was told and this one was not: the work is
+            not done, and torchrun's --max-restarts may go on with it
     raises  UsageError, DataError, RunFolderError, CheckpointError, TrainingError, OSError
     """
     config = invocation.config
@@ -75,11 +77,12 @@ def train(invocation: Invocation) -> None:
     with left_at_once_if_rank_lost(PROG), told_if_rank_lost(PROG, when, GO_ON):
         world = join(device, timeout_s=config.timeout)
         invocation = world.from_chief(lambda: invocation)  # the others may not see the folder
-        _train(invocation, device, world)
+        code = _train(invocation, device, world)
         world.leave()
+    return code
 
 
-def _train(invocation: Invocation, device: torch.device, world: World) -> None:
+def _train(invocation: Invocation, device: torch.device, world: World) -> int:
     config = world.together(
         lambda: for_ranks(
             invocation.config, device, world, resumed=invocation.resume, restarted=invocation.waits
@@ -126,9 +129,10 @@ def _train(invocation: Invocation, device: torch.device, world: World) -> None:
                     f"stopped by {stop[0]} after step {run.step}; checkpoint saved; continue with: "
                     f"{PROG} --resume {path}"
                 )
-                return
+                return 0 if run.stopped_here else 1
         if world.is_chief:
             summarise(train_step, folder, images, run.last_measured, run.images_per_s, display)
+        return 0
     finally:
         folder.close()
 
@@ -164,7 +168,7 @@ class Run:
         self.monitor, self._monitored_s = monitor, 0.0
         self.world = train_step.world
         self.device = train_step.batches.device
-        self.step = 0
+        self.step, self.stopped_here = 0, False
         self.last_measured: Measured | None = None
         self._trained_steps, self._trained_s = 0, 0.0  # warm, and maintenance left out
         self._warm: bool | None = None  # captured as the interval began; None: no step before it
@@ -266,10 +270,13 @@ class Run:
 
     def _is_told_to_stop(self, stop: list[str]) -> bool:
         """Whether any rank is; where a rank was lost, this is the first to notice."""
-        told = self.world.any(bool(stop))
-        if told and not stop:
-            stop.append("a signal to another process")
-        return told
+        if not self.world.any(bool(stop)):
+            return False
+        self.stopped_here = self.world.any_here(bool(stop))
+        if not stop:
+            where = "process" if self.stopped_here else "node"
+            stop.append(f"a signal to another {where}")
+        return True
 
     def save_checkpoint(self) -> None:
         """Begin to write this step's checkpoint, unless the weights are not finite."""
