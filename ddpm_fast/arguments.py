@@ -139,11 +139,6 @@ def run_command(
             return report(prog, error)
         _wait_for_the_speaker(exit_code(error))
         return exit_code(error)
-    except (RuntimeError, ValueError) as error:
-        if not str(error).startswith('impl="fused"'):
-            raise
-        asked = os.environ.get("DDPM_FAST_IMPL")
-        return report(prog, UsageError(f"DDPM_FAST_IMPL={asked}: {error}"))
     except KeyboardInterrupt:
         return report(prog, Failure("interrupted"))
 

@@ -229,17 +229,6 @@ def test_text_that_a_stream_cannot_show_is_escaped(monkeypatch):
     assert rb"no \u0444" in told.buffer.getvalue()
 
 
-def test_a_kernel_that_the_environment_asks_for_and_cannot_run_is_a_bad_argument(
-    monkeypatch, capsys
-):
-    def command(argv):
-        raise RuntimeError('impl="fused": the kernels run on cuda')
-
-    monkeypatch.setenv("DDPM_FAST_IMPL", "fused")
-    assert run_command(PROG, command, []) == 2
-    assert "DDPM_FAST_IMPL=fused" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("number", [0, 1.5, -1, float("nan"), float("inf"), 10**22])
 def test_a_number_out_of_its_range_is_told_with_its_flag_and_the_range(number):
     values = SimpleNamespace(low_end=number, mults=(2, number), none=None)
