@@ -126,7 +126,7 @@ def run_command(
     returns  0, or 2 for a bad argument, 1 for a failure or Ctrl-C;
              DDPM_FAST_TRACEBACK=1 shows the trace
     """
-    _take_any_text()
+    _escape_in_streams()
     try:
         return command(sys.argv[1:] if argv is None else argv) or 0
     except SaidElsewhere as elsewhere:
@@ -143,7 +143,7 @@ def run_command(
         return report(prog, Failure("interrupted"))
 
 
-def _take_any_text() -> None:
+def _escape_in_streams() -> None:
     """Have stdout and stderr escape what they cannot show, instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -152,7 +152,8 @@ def _take_any_text() -> None:
 
 def _speaks() -> bool:
     """Whether this process is rank 0, or the only one: all ranks are given the same arguments."""
-    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+    environment = os.environ.get
+    return (environment("WORLD_SIZE") or "1") == "1" or (environment("RANK") or "0") == "0"
 
 
 def _wait_for_the_speaker(code: int) -> None:

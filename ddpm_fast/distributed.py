@@ -182,10 +182,9 @@ def rank_device(name: str) -> torch.device:
     """
     try:
         device = pick_device(name)
-        _check_impl(device)
+        check_impl(device.type)
     except UsageError as error:
-        first_here = not launched_by_torchrun() or _world_of_environment().local_rank == 0
-        raise MachineRefusal(str(error), speaks=first_here) from None
+        raise MachineRefusal(str(error)) from None
     if device.type != "cuda":
         return device
     if not launched_by_torchrun():
@@ -204,11 +203,11 @@ def rank_device(name: str) -> torch.device:
     return device
 
 
-def _check_impl(device: torch.device) -> None:
-    """UsageError where DDPM_FAST_IMPL=fused means kernels that this device cannot run."""
-    if chosen_impl("auto") == "fused" and (why_not := why_not_fused(device.type)):
+def check_impl(device_type: str) -> None:
+    """UsageError where DDPM_FAST_IMPL=fused means kernels that such a device cannot run."""
+    if chosen_impl("auto") == "fused" and (why_not := why_not_fused(device_type)):
         raise UsageError(
-            f"DDPM_FAST_IMPL=fused: {why_not}; allowed on {device.type}: DDPM_FAST_IMPL=auto or "
+            f"DDPM_FAST_IMPL=fused: {why_not}; allowed on {device_type}: DDPM_FAST_IMPL=auto or "
             "reference"
         )
 
@@ -305,12 +304,11 @@ def _world_of_environment() -> World:
     raises  UsageError  one is missing, or no number that fits
     """
     size = _from_environment("WORLD_SIZE", least=1)
-    local = "LOCAL_RANK" if os.environ.get("LOCAL_RANK") else "SLURM_LOCALID"
-    local = local if os.environ.get(local) else "LOCAL_RANK"
+    slurms = os.environ.get("SLURM_LOCALID")
     return World(
         _from_environment("RANK", least=0, most=size - 1),
         size,
-        _from_environment(local, least=0, most=size - 1),
+        _from_environment("LOCAL_RANK", slurms, least=0, most=size - 1),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import os
 from collections.abc import Iterable
 
 
@@ -18,12 +19,13 @@ class UsageError(ValueError):
 class MachineRefusal(UsageError):
     """A refusal that this machine's ranks meet, and other machines' ranks may not.
 
-    speaks  whether this is the rank that says it
+    speaks  whether this is the rank that says it; None: the machine's first is
     """
 
-    def __init__(self, text: str, *, speaks: bool) -> None:
+    def __init__(self, text: str, *, speaks: bool | None = None) -> None:
         super().__init__(text)
-        self.speaks = speaks
+        local = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
+        self.speaks = local == "0" if speaks is None else speaks
 
 
 class SaidElsewhere(Exception):

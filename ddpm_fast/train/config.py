@@ -308,7 +308,9 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text())
     except OSError as error:
-        raise UsageError(f"{path}: {error.strerror or error}; give a run's {CONFIG_NAME}") from None
+        raise MachineRefusal(
+            f"{path}: {error.strerror or error}; give a run's {CONFIG_NAME}"
+        ) from None
     except (ValueError, RecursionError):
         raise UsageError(f"{path} is not JSON; give a run's {CONFIG_NAME}") from None
     return _checked_values(values, path)
@@ -375,11 +377,9 @@ def _base_values(given: Mapping[str, Any]) -> tuple[dict[str, Any], bool, tuple[
 def _run_values(folder: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The values of a run that goes on; where config.json is damaged, its checkpoints have them."""
     if not folder.is_dir():
-        rank, local = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
+        rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f" that rank {rank} can see; all nodes must share it"
-        raise MachineRefusal(
-            f"--resume {folder}: no such run folder{where}", speaks=rank == "0" or local == "0"
-        )
+        raise MachineRefusal(f"--resume {folder}: no such run folder{where}")
     path = folder / CONFIG_NAME
     try:
         json.loads(path.read_text())

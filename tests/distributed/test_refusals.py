@@ -43,6 +43,13 @@ def test_a_refusal_ends_all_ranks_with_the_line_of_rank_0_and_its_exit_code(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_checkpoint_that_rank_0_alone_looks_for_is_missed_in_one_line(run_ranks):
+    argv = ("-m", "ddpm_fast.sample", "--checkpoint", "nope", "--device", "cpu")
+    told, codes = lines_and_codes(run_ranks(2, *argv, options=("--standalone",), code=1))
+    assert len(told) == 1 and "nope does not exist" in told[0]
+    assert codes[0] == codes[1]
+
+
 def test_ranks_that_diverge_say_so_once(run_ranks, tmp_path, tiny):
     flags = ("--learning-rate", 1000, "--warmup-steps", 0, "--grad-clip", 0, "--sample-every", 0)
     argv = ("-m", "ddpm_fast.train", *tiny, *flags, "--optimizer", "adam", "--schedule", "linear",
@@ -119,18 +126,19 @@ def _refuse(name):
     raise UsageError(f"--device {name}")
 
 
-@pytest.mark.parametrize("command", ["train", "sample"])
+@pytest.mark.parametrize("command", ["train", "sample", "scaling"])
 def test_fused_kernels_asked_of_a_cpu_are_refused_before_anything_is_made(
     tmp_path, tiny_run, command
 ):
     argv = {
-        "train": ("--run-dir", tmp_path / "run"),
-        "sample": ("--checkpoint", tiny_run, "--out", tmp_path / "out"),
+        "train": ("--run-dir", tmp_path / "run", "--device", "cpu"),
+        "sample": ("--checkpoint", tiny_run, "--out", tmp_path / "out", "--device", "cpu"),
+        "scaling": ("--backend", "gloo", "--gpus", 1, "--demo", "--out", tmp_path / "out"),
     }[command]
     environment = {**os.environ, "DDPM_FAST_IMPL": "fused", "PYTHONPATH": str(REPOSITORY)}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
-        [sys.executable, "-m", f"ddpm_fast.{command}", *map(str, argv), "--device", "cpu"],
+        [sys.executable, "-m", f"ddpm_fast.{command}", *map(str, argv)],
         cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1

@@ -69,7 +69,8 @@ def test_a_node_that_was_not_told_to_stop_does_not_end_as_if_the_run_were_done(
     told = start_node(fault="sigterm-agent")
     output, _ = stays.communicate(timeout=120)
     assert stays.returncode == 1, output
-    assert "stopped by a signal to another node after step" in output + told.communicate(timeout=60)[0]
+    output += told.communicate(timeout=60)[0]
+    assert "stopped by a signal to another node after step" in output
     assert rows(tmp_path / "run")[-1]["step"] < 40
 
     stays = start_node()
