@@ -1,4 +1,9 @@
-"""The errors that commands report as one line, their exit codes, and suggestions."""
+"""The errors that commands report as one line, their exit codes, and suggestions.
+
+Exit code 2: another value on the command line, or in the environment, is needed: none is at that
+path, there is one already, it is out of range. Exit code 1: the arguments stand, the work failed:
+a damaged file, a full disk, no network, a lost rank, a run in use.
+"""
 
 from __future__ import annotations
 

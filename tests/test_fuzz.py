@@ -99,7 +99,7 @@ def place(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(loop, "train", lambda invocation: len(invocation.config.to_json()) * 0)
-        patch.setattr(command, "draw", lambda options: json.dumps(options.identity()))
+        patch.setattr(command, "draw", repr)
         patch.setattr(measure, "measure", _measure)
         patch.setattr(checks, "CHECKS", ())
         patch.setattr(kernels, "refresh", lambda: 0)
