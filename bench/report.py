@@ -1,32 +1,36 @@
 """Results of the GPU suite as Markdown, one HTML page, README's table: python -m bench.report
 
 Takes the suite.json of one run or of several. A row is shown only if its parity check was green in
-the same run; the others are listed with the reason.
+the same run; the others are listed with the reason. With none, the page is the roofline as a model
+predicts it for each device whose ceilings are known; with one, what was measured stands beside it.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.ceilings import MOST_PERCENT, is_above
-from bench.report_data import BadResults, Comparison, DryRun, Row, Suite, comparisons, load, short
+from bench.report_data import (
+    BadResults,
+    Comparison,
+    DryRun,
+    Row,
+    Section,
+    Suite,
+    comparisons,
+    load,
+    short,
+)
+from bench.report_roofline import as_json, roofline_sections, rooflines
+from bench.roofline import GIVEN
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 MOST_MISSING = 40  # lines of what was not measured
 README_WORK = ("training step", "DDIM", "peak memory")
-
-
-@dataclass(frozen=True)
-class Section:
-    """lines: text above the table; table: rows of cells, the first its header, or []."""
-
-    title: str
-    lines: list[str] = field(default_factory=list)
-    table: list[list[str]] = field(default_factory=list)
 
 
 def sections(suite: Suite) -> list[Section]:
@@ -92,7 +96,7 @@ _MODEL_COLUMNS: dict[str, Callable[[Row], str]] = {
 
 
 def markdown(found: Sequence[Section]) -> str:
-    parts = ["# Measurements"]
+    parts = ["# Measurements and predictions"]
     for section in found:
         parts.append(f"## {section.title}")
         parts += ["\n".join(f"- {line}" for line in section.lines)] if section.lines else []
@@ -211,28 +215,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.report", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("results", nargs="+", type=Path, metavar="SUITE_JSON")
+    parser.add_argument("results", nargs="*", type=Path, metavar="SUITE_JSON")
+    parser.add_argument(
+        "--device", choices=GIVEN, help="without a SUITE_JSON: predict for this one only"
+    )
     parser.add_argument("--html", type=Path, metavar="FILE", help="one page with its plots in it")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="default: standard output")
     parser.add_argument(
         "--readme", type=Path, metavar="FILE", help=f"put the table between {BEGIN} and {END}"
     )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="the rooflines' rows")
     args = parser.parse_args(argv)
     try:
+        if args.device and args.results:
+            raise BadResults(f"--device {args.device}: a SUITE_JSON names its own device")
+        if args.readme and not args.results:
+            raise BadResults(f"--readme {args.readme}: its table is of a SUITE_JSON, name one")
         suites = [load(path) for path in args.results]
+        roofs = rooflines(suites, args.device)
         found = [section for suite in suites for section in sections(suite)]
+        found += [section for roof in roofs for section in roofline_sections(roof)]
         if args.html:
             from bench.report_html import page
 
             args.html.write_text(page(suites, found))
         if args.markdown:
             args.markdown.write_text(markdown(found))
+        if args.json:
+            args.json.write_text(json.dumps([as_json(roof) for roof in roofs], indent=1) + "\n")
         if args.readme:
             put_between_markers(args.readme, readme_table(suites))
     except (BadResults, DryRun, OSError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 1 if isinstance(error, DryRun) else 2
-    if not (args.html or args.markdown or args.readme):
+    if not (args.html or args.markdown or args.readme or args.json):
         print(markdown(found), end="")
     refused = sum(len(suite.refused) for suite in suites)
     if refused:

@@ -58,8 +58,10 @@ class Suite:
 
     def notes(self) -> list[str]:
         """What the stages without a parity check found: ceilings, build, tests, losses."""
-        lines = []
-        for stage, found in self.data["stages"].items():
+        stages, lines = self.data["stages"], []
+        if not any("copy_gb_s" in found for found in stages.values()):
+            lines.append("ceilings: none in this file; of a device without given ones no roofline")
+        for stage, found in stages.items():
             if found.get("status", "done") != "done":
                 lines.append(f"stage {stage}: {found['status']}")
             if "copy_gb_s" in found:
@@ -70,6 +72,29 @@ class Suite:
                 named = [row for row in found["rows"] if row.get("found") or row.get("why_not")]
                 lines += [f"{row['name']}: {row.get('found') or row['why_not']}" for row in named]
         return lines
+
+
+@dataclass(frozen=True)
+class Bar:
+    """kind: "floor", "PREDICTED" or "measured"; pieces: (what of, % of the plot's width)."""
+
+    kind: str
+    pieces: list[tuple[str, float]]
+    text: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """
+    lines  text above the table
+    table  rows of cells, the first its header, or []
+    plot   on the HTML page, above the table: (what, its bars)
+    """
+
+    title: str
+    lines: list[str] = field(default_factory=list)
+    table: list[list[str]] = field(default_factory=list)
+    plot: list[tuple[str, list[Bar]]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -275,6 +300,20 @@ def _check_figures(at: str, stage: str, row: Row) -> None:
             raise BadResults(f"{at}: has no {name}")
     _check_positive(at, row, [name for name in names if name not in TEXTS])
     _check_positive(at, row, [name for name in OPTIONAL if row.get(name)])
+    if "profile" in row:
+        _check_profile(f"{at}.profile", row["profile"])
+
+
+def _check_profile(at: str, profile: Any) -> None:
+    """Of a step: {"kernels": [{"name": str, "us": a step's}, ...]}."""
+    kernels = profile.get("kernels") if isinstance(profile, dict) else None
+    if not isinstance(kernels, list):
+        raise BadResults(f"{at} must be an object with a list of kernels")
+    for i, kernel in enumerate(kernels):
+        if not (isinstance(kernel, dict) and isinstance(kernel.get("name"), str)):
+            raise BadResults(f"{at}.kernels[{i}] must be an object with a name")
+        if not (_is_number(us := kernel.get("us")) and 0 <= us <= MOST):
+            raise BadResults(f"{at}.kernels[{i}].us is {reprlib.repr(us)}, must be from 0")
 
 
 def _check_positive(at: str, owner: Mapping[str, Any], names: Iterable[str]) -> None:
