@@ -135,10 +135,10 @@ def run_command(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except FORESEEN as error:
-        if getattr(error, "speaks", _speaks()):
-            return report(prog, error)
-        _wait_for_the_speaker(exit_code(error))
-        return exit_code(error)
+        if isinstance(error, UsageError) and not getattr(error, "speaks", _speaks()):
+            _wait_for_the_speaker(exit_code(error))
+            return exit_code(error)
+        return report(prog, error)
     except KeyboardInterrupt:
         return report(prog, Failure("interrupted"))
 

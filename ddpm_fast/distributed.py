@@ -76,12 +76,6 @@ class World:
         dist.all_reduce(value, op=dist.ReduceOp.MAX, group=_hosts())
         return bool(value.item())
 
-    def any_here(self, flag: bool) -> bool:
-        """Whether the flag of any rank of this node is set; all ranks meet here."""
-        node = float(os.environ.get("GROUP_RANK") or os.environ.get("SLURM_NODEID") or 0)
-        flags, nodes = self.gather(float(flag)), self.gather(node)
-        return any(set_ and other == node for set_, other in zip(flags, nodes, strict=True))
-
     def gather(self, value: float) -> list[float]:
         """Every rank's value, in the order of the ranks."""
         if self.size == 1:

@@ -203,13 +203,14 @@ def test_rank_0_alone_says_what_all_ranks_meet_and_a_machine_what_its_ranks_do(m
         ("1", MachineRefusal("no GPU here", speaks=True), True),
         ("0", MachineRefusal("no GPU here", speaks=False), False),
         ("1", SaidElsewhere(2), False),
+        ("1", Failure("of this rank's own work"), True),
     ]:
         monkeypatch.setenv("RANK", rank)
 
         def command(argv, error=error):
             raise error
 
-        assert run_command(PROG, command, []) == 2
+        assert run_command(PROG, command, []) == (1 if isinstance(error, Failure) else 2)
         assert capsys.readouterr().err.count("error: ") == said, (rank, error)
     assert len(waited) == 2
 

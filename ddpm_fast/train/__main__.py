@@ -14,11 +14,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(PROG, _run, argv)
 
 
-def _run(argv: Sequence[str]) -> int:
+def _run(argv: Sequence[str]) -> None:
     invocation = parse_command(argv)  # before torch: --help and mistakes answer at once
     from ddpm_fast.train.loop import train
 
-    return train(invocation)
+    train(invocation)
 
 
 if __name__ == "__main__":

@@ -64,11 +64,9 @@ from ddpm_fast.train.summary import summarise
 from ddpm_fast.train.trackers import Track, open_trackers
 
 
-def train(invocation: Invocation) -> int:
+def train(invocation: Invocation) -> None:
     """Run an invocation to its end or until it is told to stop.
 
-    returns the exit code: 0, or 1 where another node was told and this one was not: the work is
-            not done, and torchrun's --max-restarts may go on with it
     raises  UsageError, DataError, RunFolderError, CheckpointError, TrainingError, OSError
     """
     config = invocation.config
@@ -77,12 +75,11 @@ def train(invocation: Invocation) -> int:
     with left_at_once_if_rank_lost(PROG), told_if_rank_lost(PROG, when, GO_ON):
         world = join(device, timeout_s=config.timeout)
         invocation = world.from_chief(lambda: invocation)  # the others may not see the folder
-        code = _train(invocation, device, world)
+        _train(invocation, device, world)
         world.leave()
-    return code
 
 
-def _train(invocation: Invocation, device: torch.device, world: World) -> int:
+def _train(invocation: Invocation, device: torch.device, world: World) -> None:
     config = world.together(
         lambda: for_ranks(
             invocation.config, device, world, resumed=invocation.resume, restarted=invocation.waits
@@ -129,10 +126,9 @@ def _train(invocation: Invocation, device: torch.device, world: World) -> int:
                     f"stopped by {stop[0]} after step {run.step}; checkpoint saved; continue with: "
                     f"{PROG} --resume {path}"
                 )
-                return 0 if run.stopped_here else 1
+                return
         if world.is_chief:
             summarise(train_step, folder, images, run.last_measured, run.images_per_s, display)
-        return 0
     finally:
         folder.close()
 
@@ -168,7 +164,7 @@ class Run:
         self.monitor, self._monitored_s = monitor, 0.0
         self.world = train_step.world
         self.device = train_step.batches.device
-        self.step, self.stopped_here = 0, False
+        self.step = 0
         self.last_measured: Measured | None = None
         self._trained_steps, self._trained_s = 0, 0.0  # warm, and maintenance left out
         self._warm: bool | None = None  # captured as the interval began; None: no step before it
@@ -270,13 +266,10 @@ class Run:
 
     def _is_told_to_stop(self, stop: list[str]) -> bool:
         """Whether any rank is; where a rank was lost, this is the first to notice."""
-        if not self.world.any(bool(stop)):
-            return False
-        self.stopped_here = self.world.any_here(bool(stop))
-        if not stop:
-            where = "process" if self.stopped_here else "node"
-            stop.append(f"a signal to another {where}")
-        return True
+        told = self.world.any(bool(stop))
+        if told and not stop:
+            stop.append("a signal to another process")
+        return told
 
     def save_checkpoint(self) -> None:
         """Begin to write this step's checkpoint, unless the weights are not finite."""

@@ -32,13 +32,13 @@ def start_node(start_ranks, tmp_path, tiny, flags):
     """start_node(fault=None) -> a torchrun with one rank, of one or two."""
     endpoint = ("--rdzv-endpoint", f"127.0.0.1:{free_port()}")
 
-    def start(*more, fault=None, step=13, options=(), **environment):
+    def start(*more, fault=None, step=13, **environment):
         module = "tests.faults.trainer" if fault else "ddpm_fast.train"
         argv = ("-m", module, *tiny, *flags, *more, "--run-dir", tmp_path / "run",
                 "--auto-resume", "--timeout", 20)  # fmt: skip
         if fault:
             environment |= {"FAULT": fault, "FAULT_RANK": "any", "FAULT_STEP": str(step)}
-        return start_ranks(1, *argv, options=(*NODE, *endpoint, *options), **environment)
+        return start_ranks(1, *argv, options=(*NODE, *endpoint), **environment)
 
     return start
 
@@ -58,26 +58,6 @@ def test_a_lost_node_leaves_the_other_to_go_on_from_the_last_checkpoint(
     assert [row["step"] for row in found] == [row["step"] for row in expected]
     losses = [row["loss"] for row in expected]
     assert [row["loss"] for row in found] == pytest.approx(losses, rel=1e-5)
-
-
-def test_a_node_that_was_not_told_to_stop_does_not_end_as_if_the_run_were_done(
-    start_node, tmp_path, rows
-):
-    """Both save. Without a restart its exit code is 1; with one it goes on alone, to the end."""
-    stays = start_node(options=("--max-restarts", 0))
-    time.sleep(2)
-    told = start_node(fault="sigterm-agent")
-    output, _ = stays.communicate(timeout=120)
-    assert stays.returncode == 1, output
-    output += told.communicate(timeout=60)[0]
-    assert "stopped by a signal to another node after step" in output
-    assert rows(tmp_path / "run")[-1]["step"] < 40
-
-    stays = start_node()
-    time.sleep(2)
-    start_node(fault="sigterm-agent", step=30)
-    output, _ = stays.communicate(timeout=120)
-    assert stays.returncode == 0 and "finished 40 steps" in output, output
 
 
 @pytest.mark.slow
