@@ -285,8 +285,7 @@ class Invocation:
 
 def parse_command(argv: Sequence[str]) -> Invocation:
     """argv -> Invocation; UsageError for anything that cannot be run."""
-    shows_help = any(word in HELP for word in argv)
-    given = {} if shows_help else given_values(TrainCommand, argv, RENAMED)
+    given = given_values(TrainCommand, [word for word in argv if word not in HELP], RENAMED)
     try:
         base, resume, notes = _base_values(given)
         default = TrainCommand(**base)

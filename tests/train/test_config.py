@@ -87,6 +87,12 @@ def test_a_configuration_survives_its_json(tmp_path):
     assert parsed(f"--config {path}") == config
 
 
+def test_help_shows_the_values_of_the_preset_that_is_given(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_command(["--preset", "cifar10", "--help"])
+    assert not stop.value.code and "800000" in capsys.readouterr().out
+
+
 def test_flags_win_over_config_and_config_over_the_preset(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"preset": "cifar10", "batch_size": 5, "seed": 3}))
