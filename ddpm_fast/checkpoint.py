@@ -35,6 +35,7 @@ OWN_DIGEST = "manifest_sha256"  # of all the rest; the first version's manifests
 FORMAT = 1
 _NAME = re.compile(r"step_(\d{8,})")
 _ASIDE = re.compile(r"\.step_(\d{8,})\.\d+\.old")
+_PART = re.compile(r"[\w.+-]+", re.ASCII)  # a file name that any system takes
 _BLOCK_BYTES = 2**20
 
 Tensors = Mapping[str, Tensor]
@@ -360,6 +361,6 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if manifest.get(OWN_DIGEST, _digest(manifest)) != _digest(manifest):
         raise Damaged(f"{path / MANIFEST} was altered: its SHA-256 is not its own")
     for name in manifest["files"]:
-        if Path(name).name != name:
+        if Path(name).name != name or not _PART.fullmatch(name):
             raise CheckpointError(f"{path / MANIFEST} names a file outside its folder: {name!r}")
     return manifest

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from operator import index
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -51,9 +53,9 @@ class Batches:
                 f"use_labels=True, but {images.name} has no labels: labelled are digits, cifar10, "
                 "folders with subfolders, and .npz with labels"
             )
-        self.images, self.batch_size, self.device = images, batch_size, device
-        self.share = share_of(batch_size, rank, world_size)
-        self._order = DataOrder(len(images.images), seed)
+        self.images, self.batch_size, self.device = images, index(batch_size), device
+        self.share = share_of(self.batch_size, index(rank), index(world_size))
+        self._order = DataOrder(len(images.images), index(seed))
         on_cuda = device.type == "cuda"
         mapped = isinstance(images.images, np.memmap)
         resident = images.images.nbytes <= RESIDENT_BYTES and (on_cuda or not mapped)
@@ -85,7 +87,7 @@ class Batches:
         return 0.0 if self._ahead is None else self._ahead.wait_s
 
     def _rows_of(self, step: int) -> Tensor:
-        first = step * self.batch_size + self.share.start
+        first = index(step) * self.batch_size + self.share.start
         return self._order.rows(first, len(self.share))
 
     def _index_buffer(self) -> Tensor:

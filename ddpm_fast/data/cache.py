@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
@@ -21,13 +22,14 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from ddpm_fast.data.decode import DECODER_VERSION, UnreadableImage, decode
+from ddpm_fast.data.decode import DECODER_VERSION, UnreadableImage, decode, readable_formats
 from ddpm_fast.data.disk import lock, map_array, sync, sync_folder, writing
-from ddpm_fast.data.image_files import ImageFiles
+from ddpm_fast.data.image_files import ImageFiles, shown
 from ddpm_fast.data.image_set import DataError, ImageSet
 from ddpm_fast.data.parallel import in_order
 from ddpm_fast.data.progress import OnProgress, reporting
 
+CACHE = "cache"  # below data_root
 NAMED_IMAGES = 5  # of the unreadable ones, in a message
 DEFAULT_CHANNELS = 3
 
@@ -38,20 +40,22 @@ Bad = tuple[tuple[int, str], ...]  # (index into names, reason)
 class _Cached:
     images: np.ndarray  # (M - len(bad), C, H, W) uint8 memmap
     bad: Bad
+    told: dict[str, int]  # what was told of images -> of how many
 
 
 def open_cached(
     files: ImageFiles,
     *,
     data_root: Path,
-    image_size: int | None,
-    channels: int | None,
-    skip_bad_images: bool,
-    on_progress: OnProgress | None,
+    image_size: int | None = None,
+    channels: int | None = None,
+    skip_bad_images: bool = False,
+    float_images: str = "refuse",
+    on_progress: OnProgress | None = None,
 ) -> ImageSet:
     """Image files as an ImageSet, from the cache or decoded into it.
 
-    image_size, channels, skip_bad_images, on_progress   as in open_images
+    image_size, channels, skip_bad_images, float_images, on_progress   as in open_images
     returns      (M, C, H, W) uint8 memmap in the order of files.names, less the unreadable ones;
                  photographs
     warns        UserWarning  one line, when images are skipped
@@ -59,16 +63,17 @@ def open_cached(
                               sizes that differ without image_size, disk full
     """
     channels = channels or DEFAULT_CHANNELS
-    folder = Path(data_root) / "cache" / _key(files, image_size, channels)
+    decoding = {"image_size": image_size, "channels": channels, "float_images": float_images}
+    folder = Path(data_root) / CACHE / _key(files, decoding)
     cached = _open(folder, len(files.names))
     if cached is None:
         with lock(folder.with_name(folder.name + ".lock")):
             cached = _open(folder, len(files.names))  # another rank may have been first
             if cached is None:
-                _build(files, folder, image_size, channels, on_progress)
+                _build(files, folder, decoding, on_progress)
                 cached = _open(folder, len(files.names))
     if cached is None:
-        raise DataError(f"{folder} was written and cannot be read back; allowed: a healthy disk")
+        raise DataError(_not_kept(folder))
     if cached.bad:
         line = f"{files.source}: {_named(files, cached.bad)}"
         if not skip_bad_images:
@@ -85,7 +90,21 @@ def open_cached(
         photographs=True,
         digest=files.digest,
         cache=str(folder.absolute()),
+        notes=_notes(files, cached),
     )
+
+
+def _notes(files: ImageFiles, cached: _Cached) -> tuple[str, ...]:
+    """How images and classes were read, where that is not plain."""
+    told = [f"{n} of {len(files.names)} images {what}" for what, n in cached.told.items()]
+    if empty := files.empty_classes():
+        listed = ", ".join(map(repr, empty[:NAMED_IMAGES]))
+        told.append(f"{len(empty)} of the class folders hold no images: {listed}")
+    return tuple(f"{files.source}: {line}" for line in told)
+
+
+def _not_kept(folder: Path) -> str:
+    return f"{shown(folder)} was written and cannot be read back; allowed: a healthy disk"
 
 
 def mapped(images: ImageSet, data_root: Path) -> ImageSet:
@@ -97,14 +116,14 @@ def mapped(images: ImageSet, data_root: Path) -> ImageSet:
     pixels = np.ascontiguousarray(images.images)
     key = hashlib.blake2b(repr(pixels.shape).encode(), digest_size=16)
     key.update(pixels)
-    folder = Path(data_root) / "cache" / key.hexdigest()
+    folder = Path(data_root) / CACHE / key.hexdigest()
     with lock(folder.with_name(folder.name + ".lock")):
         cached = _open(folder, len(pixels))
         if cached is None:
             _fill(folder, lambda file: _write_whole(file, pixels))
             cached = _open(folder, len(pixels))
     if cached is None:
-        raise DataError(f"{folder} was written and cannot be read back; allowed: a healthy disk")
+        raise DataError(_not_kept(folder))
     return replace(images, images=cached.images, cache=str(folder.absolute()))
 
 
@@ -127,8 +146,8 @@ def taken_over(known: dict[str, Any] | None) -> ImageSet | None:
     return ImageSet(**known | {"images": images}) if images.shape == known["images"] else None
 
 
-def _key(files: ImageFiles, image_size: int | None, channels: int) -> str:
-    made_from = [DECODER_VERSION, image_size, channels, files.digest]
+def _key(files: ImageFiles, decoding: dict[str, Any]) -> str:
+    made_from = [DECODER_VERSION, *decoding.values(), files.digest]
     return hashlib.blake2b(json.dumps(made_from).encode(), digest_size=16).hexdigest()
 
 
@@ -145,30 +164,28 @@ def _open(folder: Path, num_files: int) -> _Cached | None:
         index = json.loads((folder / "index.json").read_text())
         images = map_array(path)
         bad = tuple((int(i), str(reason)) for i, reason in index["bad"])
+        told = {str(what): int(count) for what, count in index.get("told", {}).items()}
         whole = path.stat().st_size == index["num_bytes"] and list(images.shape) == index["shape"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     if not whole or images.dtype != np.uint8 or len(images) + len(bad) != num_files:
         return None
-    return _Cached(images=images, bad=bad)
+    return _Cached(images=images, bad=bad, told=told)
 
 
 def _build(
     files: ImageFiles,
     folder: Path,
-    image_size: int | None,
-    channels: int,
+    decoding: dict[str, Any],
     on_progress: OnProgress | None,
 ) -> None:
     """Decode everything into `folder`; the caller holds its lock."""
-    Image.init()  # here, rather than in every thread at once
+    readable_formats()  # here, rather than in every thread at once
     what = f"decoding {files.source}"
     with (
         warnings.catch_warnings(),
         reporting(what, len(files.names), on_progress=on_progress) as update,
-        closing(
-            in_order(_decoder(files, image_size, channels), len(files.names), update)
-        ) as results,
+        closing(in_order(_decoder(files, decoding), len(files.names), update)) as results,
     ):
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # decode() refuses them
         warnings.filterwarnings("ignore", module=r"PIL\.")  # notes on bad metadata
@@ -197,29 +214,34 @@ def _fill(folder: Path, write: Callable[[BinaryIO], dict]) -> None:
 
 
 def _decoder(
-    files: ImageFiles, image_size: int | None, channels: int
-) -> Callable[[int], np.ndarray | str]:
-    """index -> the image's (C, H, W) pixels, or why it has none."""
+    files: ImageFiles, decoding: dict[str, Any]
+) -> Callable[[int], tuple[np.ndarray | str, list[str]]]:
+    """index -> the image's (C, H, W) pixels, or why it has none; what is to be told of it."""
 
-    def decode_file(index: int) -> np.ndarray | str:
+    def decode_file(index: int) -> tuple[np.ndarray | str, list[str]]:
+        told: list[str] = []
         try:
-            return decode(files.read(index), image_size=image_size, channels=channels)
+            return decode(files.read(index), tell=told.append, **decoding), told
         except UnreadableImage as error:
-            return " ".join(str(error).split())
+            return " ".join(str(error).split()), told
         except OSError as error:
-            return error.strerror or str(error)
+            return error.strerror or str(error), told
 
     return decode_file
 
 
-def _write(file: BinaryIO, files: ImageFiles, results: Iterator[np.ndarray | str]) -> dict:
+def _write(
+    file: BinaryIO, files: ImageFiles, results: Iterator[tuple[np.ndarray | str, list[str]]]
+) -> dict:
     """Write the readable images as one .npy array and return the index.
 
     Plain writes, not a memory map: a full disk is an OSError for the one, SIGBUS for the other.
     """
     bad: list[tuple[int, str]] = []
     first: tuple[int, np.ndarray] | None = None
-    for index, result in enumerate(results):
+    counts: Counter[str] = Counter()
+    for index, (result, told) in enumerate(results):
+        counts.update(told)
         if isinstance(result, str):
             bad.append((index, result))
             continue
@@ -238,7 +260,7 @@ def _write(file: BinaryIO, files: ImageFiles, results: Iterator[np.ndarray | str
         raise AssertionError("NumPy pads .npy headers so that the number of rows may change")
     sync(file)
     num_bytes = header_bytes + math.prod(shape)
-    return {"shape": shape, "num_bytes": num_bytes, "bad": bad}
+    return {"shape": shape, "num_bytes": num_bytes, "bad": bad, "told": counts}
 
 
 def _write_whole(file: BinaryIO, images: np.ndarray) -> dict:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +14,7 @@ from ddpm_fast.errors import Failure, UsageError
 
 CHANNELS = (1, 3)
 DIGEST_ROWS, DIGEST_BYTES = 256, 16 << 20  # at most; 0.8 MB of CIFAR-10
+NAMED_CLASSES = 10  # in a message
 MAX_CLASSES = 100_000  # a label past it is a mistake (an index, a hash), not a class
 
 
@@ -35,6 +37,7 @@ class ImageSet:
     photographs                True: a mirrored image is as good (horizontal flips allowed)
     digest                     hexadecimal, of all bytes of the files; None: not known
     cache                      the folder whose images.npy it maps; None: no cache
+    notes                      lines to be told: how the files were read where that is not plain
     raises       DataError     naming the value that breaks one of these rules
     """
 
@@ -45,8 +48,12 @@ class ImageSet:
     photographs: bool
     digest: str | None = None
     cache: str | None = None
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in ("images", "labels"):  # lists and tensors too
+            if not isinstance(value := getattr(self, name), np.ndarray | None):
+                object.__setattr__(self, name, np.asarray(value))
         images = self.images
         if images.dtype != np.uint8:
             raise DataError(f"{self.name}: images are {images.dtype}; allowed: uint8, 0..255")
@@ -75,12 +82,31 @@ class ImageSet:
                 f" allowed: 0..{self.num_classes - 1} (num_classes={self.num_classes})"
             )
 
+    def numbered_as(self, class_names: Sequence[str]) -> ImageSet:
+        """The same images with their classes numbered in the order of `class_names`.
+
+        raises  DataError  an image is of a class that is not among them
+        """
+        if self.labels is None:
+            return self
+        number = {name: i for i, name in enumerate(class_names)}
+        numbers = np.array([number.get(name, -1) for name in self.class_names])
+        labels = numbers[self.labels]
+        if (labels < 0).any():
+            strange = self.class_names[self.labels[labels < 0][0]]
+            raise DataError(
+                f"{self.name}: class {strange!r} is not one of this run's: "
+                f"{', '.join(map(repr, class_names[:NAMED_CLASSES]))}"
+            )
+        return replace(self, labels=labels, class_names=tuple(class_names))
+
     def identity(self) -> dict[str, Any]:
         """JSON values that tell a changed set from this one; reads some rows at most."""
         return {
             "name": self.name,
             "shape": list(self.images.shape),
             "digest": self.digest or self._digest_of_some_rows,
+            "class_names": list(self.class_names),
         }
 
     @cached_property  # each checkpoint asks for it

@@ -169,4 +169,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "cifar10": dict(_CIFAR10, freq_shift=1.0, downsample="asymmetric", norm_eps=1e-6),
     # the original repository's CIFAR-10 net: the same sizes
     "seed-cifar10": dict(_CIFAR10),
+    # images of 32 to 64 pixels, colour or grey
+    "small": dict(
+        img_channels=3, base_channels=64, channel_mults=(1, 2, 2), num_res_blocks=1,
+        time_emb_dim=256, activation="silu", dropout=0.0, attention_resolutions=(2,), init="zero",
+        image_size=64,
+    ),
 }  # fmt: skip

@@ -164,7 +164,7 @@ class UNet(nn.Module):
 
     @classmethod
     def from_preset(cls, name: str, **changes: Any) -> UNet:
-        """The net of a row of PRESETS: "digits", "cifar10" or "seed-cifar10".
+        """The net of a row of PRESETS, such as "digits", "small" or "cifar10".
 
         changes  constructor arguments that replace the row's, such as dropout=0.0
         raises   ValueError for an unknown preset or argument, naming the nearest

@@ -16,6 +16,7 @@ from ddpm_fast.arguments import HELP, given_values, parse
 from ddpm_fast.errors import MachineRefusal, UsageError, nearest
 from ddpm_fast.nn import config as nn_config
 from ddpm_fast.nn.config import UNetConfig
+from ddpm_fast.train.data_choice import DECIDING, choose
 from ddpm_fast.values import check_ranges, make_plain, shown
 
 PROG = "python -m ddpm_fast.train"
@@ -60,13 +61,20 @@ class TrainConfig:
     """Train a DDPM U-Net. A run is a function of these values and of the step number."""
 
     preset: str = "digits"
-    """net and settings to start from: digits, cifar10 (Ho et al. 2020), seed-cifar10"""
+    """net and settings to start from: digits, cifar10 (Ho et al. 2020), seed-cifar10, small (32 to
+    64 pixels); not given: digits, or what fits --data"""
     data: str = "digits"
-    """digits, cifar10, a folder of images, a .npy/.npz of uint8, or a .zip of images"""
+    """digits, cifar10, a folder or .zip of images, an image, or a .npy/.npz of uint8 or floats"""
     data_root: str = "data"
     """folder for downloads and decoded images"""
     image_size: int | None = None
     """pixels a side to resize to; None: as stored, or the preset's for photographs"""
+    img_channels: Literal[1, 3] | None = None
+    """1 (grey) or 3 (RGB), which the images become; None: the preset's"""
+    array_key: str | None = None
+    """name of the images in an .npz; None: by name, shape and dtype"""
+    float_images: Literal["refuse", "minmax"] = "refuse"
+    """32-bit, float and signed pixels: stop, or scale each such image by its own range"""
     skip_bad_images: bool = False
     """leave out images that cannot be read, instead of stopping"""
     flip: Literal["auto", "on", "off"] = "auto"
@@ -214,6 +222,8 @@ class TrainConfig:
                          "attention_resolutions", "num_groups", "activation", "dropout")
         }  # fmt: skip
         norm = None if self.norm == "none" else self.norm
+        if self.img_channels is not None:
+            flags["img_channels"] = self.img_channels
         return nn_config.preset(self.preset, **{**flags, "norm": norm, **changes})
 
     def to_json(self) -> str:
@@ -231,7 +241,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "digits": {},
     "cifar10": _CIFAR10,  # Ho et al. 2020, appendix B
     "seed-cifar10": _CIFAR10,
-}
+    "small": dict(  # not measured
+        iterations=20_000, learning_rate=5e-4, warmup_steps=500, ema_decay=0.999,
+        sample_every=1000, checkpoint_every=1000,
+    ),
+}  # fmt: skip
 
 # The original repository's spellings, and the natural ones.
 RENAMED = {
@@ -275,19 +289,21 @@ class Invocation:
 
     config  the run's values;  resume  it continues an existing folder
     waits   for another trainer to leave that folder, as after a restart;  notes  to be said
+    fitted  its preset was chosen to fit the data
     """
 
     config: TrainConfig
     resume: bool
     waits: bool = False
     notes: tuple[str, ...] = ()
+    fitted: bool = False
 
 
 def parse_command(argv: Sequence[str]) -> Invocation:
     """argv -> Invocation; UsageError for anything that cannot be run."""
     given = given_values(TrainCommand, [word for word in argv if word not in HELP], RENAMED)
     try:
-        base, resume, notes = _base_values(given)
+        base, resume, notes, fitted = _base_values(given)
         default = TrainCommand(**base)
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from None
@@ -299,7 +315,7 @@ def parse_command(argv: Sequence[str]) -> Invocation:
         raise UsageError(str(error)) from None
     if resume:
         _check_same_run(TrainConfig(**base), config)
-    return Invocation(config, resume, waits=command.auto_resume, notes=notes)
+    return Invocation(config, resume, waits=command.auto_resume, notes=notes, fitted=fitted)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -353,24 +369,30 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, (int, float) if hint is float else hint)
 
 
-def _base_values(given: Mapping[str, Any]) -> tuple[dict[str, Any], bool, tuple[str, ...]]:
-    """Values under the flags, whether an existing run goes on, and what is to be said of them."""
-    run_dir, config = given.get("resume"), given.get("config")
+def _base_values(
+    given: Mapping[str, Any],
+) -> tuple[dict[str, Any], bool, tuple[str, ...], bool]:
+    """Values under the flags, whether an existing run goes on, what is to be said of them, and
+    whether the data chose the preset."""
+    run_dir = given.get("resume")
     if given.get("auto_resume"):
         if run_dir or not given.get("run_dir"):
             raise UsageError("--auto-resume goes with --run-dir DIR and without --resume")
         folder = Path(given["run_dir"])
-        if (folder / CONFIG_NAME).is_file() or _manifests(folder):
+        if (folder / CONFIG_NAME).is_file() or manifests(folder):
             run_dir = given["run_dir"]
-    if given.get("resume") and config:
+    if given.get("resume") and given.get("config"):
         raise UsageError("--resume takes the run's own configuration: allowed without --config")
     if run_dir:
         values, notes = _run_values(Path(run_dir))
-        return {**values, "run_dir": run_dir}, True, notes
-    values = read_config(Path(config)) if config else {}
+        return {**values, "run_dir": run_dir}, True, notes, False
+    values = read_config(Path(given["config"])) if given.get("config") else {}
     values.pop("run_dir", None)  # a new run has its own folder
-    preset = given.get("preset") or values.get("preset", "digits")
-    return {**preset_values(preset), **values, "preset": preset}, False, ()
+    preset = given.get("preset") or values.get("preset")
+    preset_values(preset or "digits")  # ValueError for an unknown one
+    choice = choose(preset, {name: given.get(name, values.get(name)) for name in DECIDING})
+    base = {**preset_values(choice.preset), **choice.values, **values, "preset": choice.preset}
+    return base, False, choice.notes, preset is None and bool(choice.values)
 
 
 def _run_values(folder: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -383,7 +405,7 @@ def _run_values(folder: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     try:
         json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):
-        for manifest in reversed(_manifests(folder)):
+        for manifest in reversed(manifests(folder)):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError, UsageError):
                 values = _checked_values(json.loads(manifest.read_text())["config"], manifest)
                 return values, (f"warning: {path} is damaged: its values are those in {manifest}",)
@@ -395,7 +417,7 @@ def _run_values(folder: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     return read_config(path), ()
 
 
-def _manifests(folder: Path) -> list[Path]:
+def manifests(folder: Path) -> list[Path]:
     """Of a run's checkpoints, the newest last."""
     return sorted(folder.glob("checkpoints/step_*/manifest.json"), key=lambda p: p.parent.name)
 
@@ -404,8 +426,8 @@ def preset_values(name: str) -> dict[str, Any]:
     """All TrainConfig values that a preset fixes; ValueError for an unknown one."""
     _check_preset(name)
     row = nn_config.PRESETS[name]
-    shared = {field.name for field in fields(TrainConfig)} & set(row) - {"image_size"}
-    defaults = {"num_groups": 32} | {key: row[key] for key in shared}
+    names = {field.name for field in fields(TrainConfig)} - {"image_size", "img_channels"}
+    defaults = {"num_groups": 32} | {key: row[key] for key in names & set(row)}
     return {"preset": name, **defaults, **PRESETS[name]}
 
 

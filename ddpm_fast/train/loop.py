@@ -29,7 +29,9 @@ from ddpm_fast.kernels.impl import runs_interpreted
 from ddpm_fast.monitoring.devices import gpus_in_use
 from ddpm_fast.monitoring.monitor import Monitor
 from ddpm_fast.optimizer import state_tensors
+from ddpm_fast.train.classes import class_lines
 from ddpm_fast.train.config import PROG, Invocation, TrainConfig
+from ddpm_fast.train.estimate import length_estimate
 from ddpm_fast.train.failures import (
     GO_ON,
     TrainingError,
@@ -115,6 +117,9 @@ def _train(invocation: Invocation, device: torch.device, world: World) -> None:
                 run.resume()
             world.from_chief(lambda: folder.write_config(replace(config, run_dir=str(path))))
             run.announce()
+            if invocation.fitted and not invocation.resume:
+                with told_if_the_net_does_not_fit():
+                    display.say(length_estimate(train_step))
             wrap_net(train_step, display.say)
             with told_if_it_cannot_go_on(
                 run.train_step, lambda: f"after step {run.step}", resumed=invocation.resume
@@ -182,6 +187,8 @@ class Run:
             f"images of {images.name}, {net.image_size}x{net.image_size}, "
             f"batch {config.batch_size}, on {self._where()}; run folder {self.folder.path}"
         )
+        for line in (*images.notes, *class_lines(images, config.use_labels)):
+            self.display.say(line)
         if self.monitor is not None and self.monitor.why_not:
             self.display.say(f"{self.monitor.why_not}; this machine's processors are")
         if rest := config.batch_size % self.world.size:

@@ -14,8 +14,9 @@ from ddpm_fast.train.config import RESUMABLE
 from ddpm_fast.train.run_folder import RunFolder
 from ddpm_fast.train.step import TrainStep
 
-# Where a run lies and how its batch was asked for may differ; so may the path in a set's name.
-MAY_DIFFER = RESUMABLE | {"run_dir", "batch_size_per_gpu", "name"}
+# Where a run lies and how its batch was asked for may differ; so may the path in a set's name, and
+# its classes where they are not trained with: else they are numbered as in the run.
+MAY_DIFFER = RESUMABLE | {"run_dir", "batch_size_per_gpu", "name", "class_names"}
 
 
 def newest_checkpoint(folder: RunFolder, say: Callable[[str], None]) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +17,7 @@ from torch.utils._triton import has_triton
 from ddpm_fast.data import ImageSet, open_images
 from ddpm_fast.data.batches import Batches
 from ddpm_fast.data.cache import handed_over, mapped, taken_over
+from ddpm_fast.data.sources import is_decoded
 from ddpm_fast.diffusion.process import Diffusion
 from ddpm_fast.distributed import ALONE, World
 from ddpm_fast.ema import EMA
@@ -26,6 +26,7 @@ from ddpm_fast.nn import config as nn_config
 from ddpm_fast.nn.config import UNetConfig
 from ddpm_fast.nn.unet import UNet
 from ddpm_fast.optimizer import make_optimizer
+from ddpm_fast.train.classes import numbered_as_in_run
 from ddpm_fast.train.config import TrainConfig
 from ddpm_fast.train.step import TrainStep
 
@@ -35,22 +36,24 @@ HELD_BY_EACH_BYTES = 256 * 2**20  # of a set in memory, by each process of a mac
 def open_data(config: TrainConfig, say: Callable[[str], None]) -> ImageSet:
     """The run's images in the net's number of channels; DataError if they cannot be used.
 
-    Photographs of a folder or zip are resized to --image-size or the preset's size.
+    Photographs are resized to --image-size or the preset's size. Classes are numbered as in the
+    checkpoints of --run-dir, if it has any.
     """
-    path = Path(os.path.expanduser(config.data))
-    row = nn_config.PRESETS[config.preset]
-    size = config.image_size
-    if size is None and (path.is_dir() or path.suffix.lower() == ".zip"):
+    row, size = nn_config.PRESETS[config.preset], config.image_size
+    if size is None and is_decoded(config.data):
         size = row["image_size"]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         images = open_images(
             config.data, data_root=config.data_root, image_size=size,
-            channels=row["img_channels"], skip_bad_images=config.skip_bad_images,
+            channels=config.img_channels or row["img_channels"],
+            convert_channels=config.img_channels is not None,
+            skip_bad_images=config.skip_bad_images, float_images=config.float_images,
+            array_key=config.array_key,
         )  # fmt: skip
     for warning in caught:
         say(f"warning: {warning.message}")
-    return images
+    return numbered_as_in_run(images, config)
 
 
 def open_data_once(config: TrainConfig, world: World, say: Callable[[str], None]) -> ImageSet:

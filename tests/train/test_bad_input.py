@@ -67,14 +67,15 @@ def test_cuda_that_is_not_there(refuses, device):
 
 def test_arrays_of_another_number_of_channels(refuses, tmp_path):
     np.save(tmp_path / "rgb.npy", np.zeros((4, 16, 16, 3), np.uint8))
-    message = refuses(1, "--data", tmp_path / "rgb.npy")
+    message = refuses(1, "--preset", "digits", "--data", tmp_path / "rgb.npy")
     assert "3 channels" in message and "channels=1 asked" in message
+    assert "--img-channels 1" in message
 
 
 @pytest.mark.parametrize(
     ("array", "told"),
     [
-        (np.zeros((4, 16, 16), np.float32), "the array is float32; allowed: uint8"),
+        (np.full((4, 16, 16), 2, np.float32), "values from 2 to 2; allowed: uint8"),
         (np.full((4, 16, 16), np.nan), "float64 and holds NaN"),
         (np.zeros((4, 16, 16), np.int64), "the array is int64; allowed: uint8"),
         (np.zeros((0, 16, 16), np.uint8), "none of them 0"),
