@@ -4,7 +4,8 @@ What a row's extra_info holds beside its own figures:
     ms, ms_q20, ms_q80                 median and quantiles of the samples
     copy_gb_s, matmul_tflop_s          the ceilings of this run that percent_of_floor refers to, of
                                        kernels the larger of those before and after a module's rows
-    device, threads, commit, versions  where; threads are the host's
+    device, threads, commit, versions, sdpa_backend
+                                       where; threads are the host's, the backend is of training
     sm_mhz, memory_mhz, celsius, watts, watts_limit
                                        the GPU's just after the samples were taken; None on a CPU
 """
@@ -77,9 +78,9 @@ def _ceilings(device, threads):
 
 @pytest.fixture(scope="session")
 def where():
-    """Device, versions and commit, for every figure's extra_info."""
+    """Device, versions, commit and SDPA backend, for every figure's extra_info."""
     found = environment.describe()
-    return {"device": found["device"], "commit": found["commit"], "versions": found["versions"]}
+    return {name: found[name] for name in ("device", "commit", "versions", "sdpa_backend")}
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, product
 from typing import Any
 
 import torch
@@ -24,11 +24,11 @@ from bench.sample_command import measure_command
 from bench.timing import Call, Samples, speedup, time_in_turns
 from ddpm_fast.graphs import WARM_UP_CALLS
 
-BATCHES = (512, 128)  # the next where one does not fit
+BATCHES = (512, 128)  # the next where one does not fit; of captured steps both, the preset's first
 SAMPLED_IMAGES, DDIM_STEPS = (1, 256, 16), 50
 # Seconds that a row takes; compiling forward and backward of this net, with 16 cores, most of it,
 # and finding that in Inductor's cache. Not yet measured, as all of these
-EAGER_S, COMPILED_S, CACHED_S = 8.0, 90.0, 40.0
+EAGER_S, COMPILED_S, CACHED_S = 8.0, 80.0, 40.0
 AUTOTUNED_S = 180.0  # a forward pass by max-autotune
 GRADIENTS_S = 60.0  # a baseline's compiled without dropout, for its parity check
 SAMPLINGS = 12  # calls of a sampling row
@@ -106,25 +106,38 @@ def measure_models(
     results: Results, device: torch.device, ceilings: Ceilings, dry_run: bool
 ) -> None:
     """A training step and a forward pass of each setup, as far as time goes."""
-    for setup, what, needs_s in model_order():
-        _measure_alone(results, setup, what, device, ceilings, dry_run, needs_s)
+    for setup, what, images, needs_s in model_order():
+        _measure_alone(results, setup, what, device, ceilings, dry_run, needs_s, images=images)
 
 
-def model_order() -> list[tuple[Setup, str, float]]:
-    """(setup, what is timed, seconds it needs), in order of worth: no forward pass before the last
-    training step."""
+def model_order() -> list[tuple[Setup, str, int | None, float]]:
+    """(setup, what is timed, images, seconds it needs), in order of worth: captured steps at both
+    of BATCHES, a net beside the other; no forward pass before the last training step. Images None:
+    the largest of BATCHES that fits."""
+    captured = [setup for setup in TRAINING if setup.captured]
+    order = [
+        (setup, "training step", images)
+        for _, group in groupby(captured, key=lambda setup: setup.compile)
+        for images, setup in product(reversed(BATCHES), list(group))
+    ]
+    order += [(setup, "training step", None) for setup in TRAINING if not setup.captured]
+    order += [(setup, "forward", None) for setup in TRAINING if "forward" in setup.works]
     rows, compiled = [], set()
-    for what in ("training step", "forward"):
-        for setup in (each for each in TRAINING if what in each.works):
-            code = (what, replace(setup, captured=False))  # a capture's is compiled already
-            needs_s = EAGER_S
-            if setup.compile:
-                needs_s = CACHED_S if code in compiled else COMPILED_S
-                if setup.net != "ours" and what == "training step" and code not in compiled:
-                    needs_s += GRADIENTS_S
-            rows.append((setup, what, needs_s if what == "training step" else needs_s / 2))
-            compiled.add(code)
+    for setup, what, images in order:
+        code = (what, images or BATCHES[0], replace(setup, captured=False))
+        needs_s = EAGER_S
+        if setup.compile:
+            needs_s = CACHED_S if code in compiled else COMPILED_S
+            if setup.net != "ours" and what == "training step" and not _is_checked(code, compiled):
+                needs_s += GRADIENTS_S
+        rows.append((setup, what, images, needs_s if what == "training step" else needs_s / 2))
+        compiled.add(code)
     return rows
+
+
+def _is_checked(code: tuple, compiled: set[tuple]) -> bool:
+    """Whether a baseline's gradients were compiled before, for this batch or another."""
+    return any(each[::2] == code[::2] for each in compiled)
 
 
 def measure_sampling(
@@ -180,7 +193,10 @@ def _measure_alone(
     """One row, if it is not there. With `images` None the largest of BATCHES that fits."""
     title = f"DDIM-{steps}" if steps else what
     shown = f"{title} {setup.preset} {setup.label}"
-    if _is_there(results, shown, images) or results.over(shown, 0.0 if dry_run else needs_s):
+    if _is_there(results, shown, images):
+        return
+    named = f"{shown} batch {images}" if images else shown
+    if results.over(named, 0.0 if dry_run else needs_s):
         return
     why = setup.why_not(torch.device("cuda") if dry_run else device)
     if dry_run and (setup.compile or setup.captured):
@@ -189,7 +205,7 @@ def _measure_alone(
     if what == "training step":
         columns["dropout"] = setup.config().dropout
     if why:
-        results.add(shown, **columns, why_not=why)
+        results.add(named, **columns, why_not=why)
         return
     for batch in (images,) if images else (2,) if dry_run else BATCHES:
         row = Row(columns | {"batch": batch})
@@ -230,8 +246,8 @@ def _time_alone(
     repeats = 2 if tiny else None
     samples = time_in_turns({"": [call]}, device, repeats=repeats, launch_gaps=True)[""]
     row.columns |= samples.row() | figures(model, what, samples, ceilings, steps or 1)
-    if device.type == "cuda" and model.captured is not None and setup.net == "ours":
-        row.columns |= busy(call)
+    if device.type == "cuda" and model.captured is not None:
+        row.columns |= busy(call, device)
 
 
 def _ready(

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bench.ceilings import MOST_PERCENT, is_above
+from bench.environment import COMMIT_VARIABLE, UNKNOWN_COMMIT
 from bench.report_data import (
     BadResults,
     Comparison,
@@ -232,6 +233,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.readme and not args.results:
             raise BadResults(f"--readme {args.readme}: its table is of a SUITE_JSON, name one")
         suites = [load(path) for path in args.results]
+        unknown = [suite.path for suite in suites if suite.commit == UNKNOWN_COMMIT]
+        if args.readme and unknown:
+            raise BadResults(
+                f"{unknown[0]}: its commit is unknown, README shows results of a known one:"
+                f" measure with {COMMIT_VARIABLE} set where .git is absent"
+            )
         roofs = rooflines(suites, args.device)
         found = [section for suite in suites for section in sections(suite)]
         found += [section for roof in roofs for section in roofline_sections(roof)]

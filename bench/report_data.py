@@ -48,10 +48,14 @@ class Suite:
         return self.data["device"]
 
     @property
+    def commit(self) -> str:
+        return self.data["commit"]
+
+    @property
     def where(self) -> str:
         """Device, versions and commit in one line."""
         versions = ", ".join(f"{name} {value}" for name, value in self.data["versions"].items())
-        return f"{self.device}, {versions}, commit {self.data['commit']}"
+        return f"{self.device}, {versions}, commit {self.commit}"
 
     def rows(self, stage: str) -> list[Row]:
         return self.shown.get(stage, [])

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import signal
-import subprocess
 import sys
-import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import reduce
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from bench import ceilings as bench_ceilings
-from bench import environment, outcomes
+from bench import environment, packages
 from bench.ceilings import Ceilings
+from bench.extension_build import BuildFailed, build, built
 from bench.failures import DeviceLost, failure, is_lost
+from bench.gpu_tests import run_gpu_tests
+from bench.processes import end_with_parent, stop_on_sigterm
 from bench.results import DEVICE_LOST, STAGES, SUITE, Results, read_json
 
 if TYPE_CHECKING:  # importing a kernel here would look for the extension before it is built
@@ -33,31 +28,29 @@ if TYPE_CHECKING:  # importing a kernel here would look for the extension before
 SECONDS_PER_CASE = 0.6
 COMPILE_S = 10.0  # of a pass: torch.compile, the parity checks
 DRY_CASES = 1  # of each kernel
-ALONE = ("tests/bench/test_timing.py",)  # what is timed beside other tests is not timed
-ALONE_S = 25.0
-GRACE_S = 5.0  # between interrupting pytest and killing it
-NOTE_S = 1.0  # between two looks at what it has found
 MARGIN_S = 8.0  # of a stage's time, at most: for finishing what runs, and for writing
-# Modules that the stages import, and how pip calls them where that is another name.
-MODULES = {
-    "tyro": "", "docstring_parser": "", "typeguard": "", "typing_extensions": "", "rich": "",
-    "safetensors": "", "PIL": "pillow", "pynvml": "nvidia-ml-py", "triton": "", "diffusers": "",
-    "importlib_metadata": "", "liger_kernel": "liger-kernel", "pytest": "", "hypothesis": "",
-    "xdist": "pytest-xdist",
-}  # fmt: skip
+# Kernels whose cases are timed before the others': most of a step's own time
+FIRST_KERNELS = ("group_norm_silu", "attention")
 
 
 class StageFailed(Exception):
     """The stage went on to its end, and something in it was wrong."""
 
 
+def run_smoke(results: Results, device: torch.device, dry_run: bool) -> None:
+    """Does each piece run at all? A row for each check, the verdict first."""
+    from bench.smoke import run_stage
+
+    if not run_stage(results, dry_run):
+        raise StageFailed(results.rows[0]["found"])
+
+
 def run_ceilings(results: Results, device: torch.device, dry_run: bool) -> None:
     """Copy and matrix product; the other stages read them from the suite's file.
 
-    First what is not installed here: what fails or is left out later may be for want of that.
+    First what is missing here: what fails or is left out later may be for want of that.
     """
-    missing = [name or module for module, name in MODULES.items() if not find_spec(module)]
-    results.add("packages", found=f"missing: {', '.join(missing)}" if missing else "all there")
+    results.add("packages", found=packages.shown(packages.missing()))
     found, rows = bench_ceilings.measure(device, tiny=dry_run)
     for row in rows:
         results.add(**row)
@@ -97,103 +90,24 @@ def take_ceilings_again(
 
 def run_build(results: Results, device: torch.device, dry_run: bool) -> None:
     """Build and install the extension for this GPU; a dry run only looks at what is there."""
-    if not dry_run:
-        major, minor = torch.cuda.get_device_capability()
-        options = {"DDPM_FAST_CUDA": "1", "DDPM_FAST_CUDA_ARCHS": f"{major}{minor}"}
-        pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e"]
-        done = subprocess.run(
-            [*pip, ".", "-v"], cwd=environment.ROOT, env=os.environ | options, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        print(done.stdout[-8000:])
-        seconds = round(results.seconds - results.left_s(), 1)
-        results.add("pip install -e .", found=f"exit code {done.returncode}", seconds=seconds)
-        if done.returncode:
-            raise StageFailed("pip install failed")
-    # A fresh process: this one may have looked for the extension already.
-    show = "from ddpm_fast import _C; import json; print(json.dumps(_C.build_info()))"
-    done = subprocess.run(
-        [sys.executable, "-c", show], cwd=environment.ROOT, capture_output=True, text=True
-    )
-    if done.returncode:
-        raise StageFailed(f"ddpm_fast._C does not load: {done.stderr.strip()[-500:]}")
-    info = json.loads(done.stdout)
-    results.add("ddpm_fast._C", found=f"CUDA {info['cuda_version'] or 'none'} {info['archs']}")
+    try:
+        if not dry_run:
+            print(build()[-8000:])
+            results.add("pip install -e .", seconds=round(results.seconds - results.left_s(), 1))
+        results.add("ddpm_fast._C", found=built())
+    except BuildFailed as error:
+        raise StageFailed(str(error)) from None
 
 
 def run_tests(results: Results, device: torch.device, dry_run: bool) -> None:
-    """pytest -m gpu; a row of counts, kept up to date, and one for each failure."""
-    runs = [["tests/kernels" if dry_run else "tests"]]
-    if not dry_run and find_spec("xdist"):
-        # Most of it is compiling; more processes would wait for the one GPU.
-        runs = [["tests", "-n", str(min(4, os.cpu_count() or 1))], [*ALONE]]
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-m",
-        "gpu",
-        "-q",
-        "--tb=short",
-        "-p",
-        "bench.outcomes",
-    ]
-    command += ["-p", "no:cacheprovider", "--continue-on-collection-errors"]
-    codes: list[int] = []
-    with tempfile.TemporaryDirectory() as work:
-        paths = [Path(work, f"{i}.jsonl") for i in range(len(runs))]
-
-        def note() -> dict[str, dict[str, str]]:
-            found = {name: row for path in paths for name, row in outcomes.read(path).items()}
-            _note_counts(results, found, codes)
-            return found
-
-        note()
-        for i, (path, more) in enumerate(zip(paths, runs, strict=True)):
-            left_s = results.left_s() - GRACE_S - ALONE_S * (len(runs) - 1 - i)
-            environ = {**os.environ, outcomes.VARIABLE: str(path)}
-            codes.append(_run_or_interrupt([*command, *more], left_s, environ, note))
-        found = note()
-    for name, row in found.items():
-        if row["outcome"] == "failed":
-            results.add(name, found=row["why"])
-    passed = any(row["outcome"] == "passed" for row in found.values())
-    if set(codes) - {0, 5} or not (passed or dry_run):  # 5: none collected
+    """pytest -m gpu."""
+    if not run_gpu_tests(results, dry_run):
         raise StageFailed(results.rows[0]["found"])
 
 
-def _note_counts(results: Results, found: dict[str, dict[str, str]], codes: list[int]) -> None:
-    """The first row, as far as the tests have come."""
-    count = Counter(row["outcome"] for row in found.values())
-    text = ", ".join(f"{count[name]} {name}" for name in ("passed", "failed", "skipped"))
-    text += f", exit code {', '.join(map(str, codes))}" if codes else " so far"
-    if not results.rows:
-        results.add("pytest -m gpu", found=text)
-    elif results.rows[0]["found"] != text:
-        results.rows[0]["found"] = text
-        results.save()
-
-
-def _run_or_interrupt(
-    command: list[str], seconds: float, environ: Mapping[str, str], note: Callable[[], object]
-) -> int:
-    """Exit code of a process that is interrupted after some time, as by Ctrl-C, then killed."""
-    process = subprocess.Popen(command, cwd=environment.ROOT, env=environ)
-    end, asked = time.monotonic() + max(seconds, 1.0), False
-    while True:
-        with suppress(subprocess.TimeoutExpired):
-            return process.wait(NOTE_S)
-        note()
-        late_s = time.monotonic() - end
-        if late_s > GRACE_S:
-            process.kill()
-        elif late_s > 0 and not asked:
-            process.send_signal(signal.SIGINT)
-            asked = True
-
-
 def run_kernels(results: Results, device: torch.device, dry_run: bool) -> None:
-    """Every case of every kernel: ours, eager, compiled, peers; each kernel's first case first."""
+    """Every case of every kernel: ours, eager, compiled, peers; each kernel's first case first,
+    all of FIRST_KERNELS before the others."""
     from ddpm_fast.kernels import SPECS
 
     ceilings = read_ceilings(results, device, dry_run)
@@ -209,6 +123,7 @@ def run_kernels(results: Results, device: torch.device, dry_run: bool) -> None:
         for spec in SPECS
         if i < len(chosen[spec.name])
     ]
+    order.sort(key=lambda each: each[0].name not in FIRST_KERNELS)
     # From an earlier process of this stage, whose device was lost to one of the kernels
     lost, start = set(results.data.get("lost", [])), results.data.get("next", 0)
     for i, (spec, case) in enumerate(order[start:], start):
@@ -340,7 +255,7 @@ def run_parts(results: Results, device: torch.device, dry_run: bool) -> None:
 
     measure_step_parts(results, device, dry_run)
     if red := [row["name"] for row in results.rows if "why_not" in row]:
-        raise StageFailed(f"not the same function: {', '.join(red)}")
+        raise StageFailed(f"no figure for: {', '.join(red)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -362,6 +277,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.backends.cudnn.benchmark = True
     if args.dry_run:
         torch.set_num_threads(1)  # tiny sizes, and other processes may want the cores
+    stop_on_sigterm()
+    if args.started is not None:  # by the suite
+        end_with_parent()
     late_s = 0.0 if args.started is None else time.monotonic() - args.started  # by the imports
     seconds = args.seconds - late_s - min(MARGIN_S, 0.1 * args.seconds)
     path = args.out / f"{args.stage}.json"
@@ -371,9 +289,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         results.go_on(kept)
     results.put(environment=environment.describe())
     stages = dict(
-        ceilings=run_ceilings, build=run_build, tests=run_tests, kernels=run_kernels,
-        models=run_models, graph_parity=run_graph_parity, long_run=run_long_run,
-        sampling=run_sampling, memory=run_memory, sweep=run_sweep, parts=run_parts,
+        smoke=run_smoke, ceilings=run_ceilings, build=run_build, tests=run_tests,
+        kernels=run_kernels, models=run_models, graph_parity=run_graph_parity,
+        long_run=run_long_run, sampling=run_sampling, memory=run_memory, sweep=run_sweep,
+        parts=run_parts,
     )  # fmt: skip
     try:
         stages[args.stage](results, device, args.dry_run)

@@ -18,14 +18,15 @@ COLUMNS = (
 
 
 def table(suite: dict[str, Any], out: Path) -> str:
-    """Where it ran, then each stage with its rows; a line per kernel pass with all it was compared
-    with. suite: what `out`/suite.json holds"""
+    """The smoke's verdict, where it ran, then each stage with its rows; a line per kernel pass with
+    all it was compared with. suite: what `out`/suite.json holds"""
     versions = " ".join(f"{name} {value}" for name, value in suite.get("versions", {}).items())
     dry_run = "DRY RUN, no figure means anything. " if suite["dry_run"] else ""
-    head = (
-        f"{dry_run}{suite.get('device', 'unknown')}, commit {suite.get('commit', '?')}, {versions}"
-    )
-    blocks = [[head]]
+    where = [suite.get("device", "unknown"), f"commit {suite.get('commit', '?')}", versions]
+    where += [f"SDPA {suite['sdpa_backend']}"] if suite.get("sdpa_backend") else []
+    head = dry_run + ", ".join(where)
+    verdict = [row["found"] for row in suite["stages"].get("smoke", {}).get("rows", [])[:1]]
+    blocks = [[*verdict, head]]
     for stage, data in suite["stages"].items():
         count = len(data.get("left_out", []))
         left_out = f", {count} left out for lack of time" if count else ""
@@ -37,9 +38,14 @@ def table(suite: dict[str, Any], out: Path) -> str:
 
 
 def _lines(data: dict[str, Any]) -> list[str]:
+    """Failures of tests come before the counts: a long block loses its last lines."""
     rows = data.get("rows", [])
     if data.get("stage") == "kernels":
         return [_kernel_line(group) for group in _grouped(rows)]
+    if data.get("stage") == "tests":
+        rows = [*rows[1:], *rows[:1]]
+    if data.get("stage") == "smoke":
+        rows = sorted(rows[1:], key=lambda row: "why_not" not in row)
     return [_plain_line(row) for row in rows]
 
 
@@ -62,7 +68,8 @@ def _kernel_line(group: list[dict[str, Any]]) -> str:
     for row in group:
         if "ms" not in row:
             # One that is not installed, or not made for this, is in the JSON.
-            if row["impl"] == "ours" or "parity" in row["why_not"] or "fails" in row["why_not"]:
+            shown = ("parity", "fails", "started")
+            if row["impl"] == "ours" or any(word in row["why_not"] for word in shown):
                 cells.append(f"{row['impl']} {row['why_not'][:60]}")
         elif "speedup" in row:
             cells.append(f"{row['impl']} x{row['speedup']:.3g}")

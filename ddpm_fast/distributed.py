@@ -76,6 +76,13 @@ class World:
         dist.all_reduce(value, op=dist.ReduceOp.MAX, group=_hosts())
         return bool(value.item())
 
+    def any_on_node(self, flag: bool) -> bool:
+        """Whether a flag is set of a rank on this one's node, as torchrun or Slurm counts nodes."""
+        number = os.environ.get("GROUP_RANK") or os.environ.get("SLURM_NODEID") or "0"
+        node = float(number)
+        flags, nodes = self.gather(float(flag)), self.gather(node)
+        return any(flag and at == node for flag, at in zip(flags, nodes, strict=True))
+
     def gather(self, value: float) -> list[float]:
         """Every rank's value, in the order of the ranks."""
         if self.size == 1:

@@ -100,11 +100,13 @@ class CapturedCall:
                 _free_workspaces()
                 torch.cuda.empty_cache()  # what the warm-up held serves the graph
                 _record(graph, self._run(), pool)
-        except RuntimeError as error:
+        except Exception as error:  # Triton's and Inductor's are no RuntimeErrors
             self._failed_graph = graph  # the allocator may go on asking it about its stream
             torch.cuda.synchronize(self._device)
             self._give_back(graph, pool)
             self.why_not = str(error).strip().partition("\n")[0]
+            if not isinstance(error, RuntimeError):
+                self.why_not = f"{type(error).__name__}: {self.why_not}"
             self._agreed(False)
         else:
             if self._agreed(True):

@@ -174,6 +174,25 @@ def test_the_memory_of_a_capture_that_ran_out_of_it_is_free_for_the_eager_call(c
     assert call.why_not == "CUDA out of memory"
 
 
+def test_after_any_exception_of_a_capture_the_call_goes_on_without_a_graph(cuda):
+    """Triton's errors, such as OutOfResources, are no RuntimeErrors."""
+
+    class OutOfResources(Exception):
+        pass
+
+    def run():
+        cuda.see("run")
+        if cuda.names()[-2:-1] == ["begin"]:
+            raise OutOfResources("shared memory")
+
+    call = CapturedCall(run, CUDA_1)
+    for _ in range(5):
+        call()
+    assert call.why_not == "OutOfResources: shared memory" and not call.captured
+    assert cuda.names()[-5:] == ["end", "reset", "emptied", "run", "run"]
+    assert cuda.now_stream is cuda.default and gc.isenabled()
+
+
 def test_an_error_of_another_kind_ends_the_capture_and_is_raised(cuda):
     def run():
         if cuda.names()[-1:] == ["begin"]:

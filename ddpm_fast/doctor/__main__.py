@@ -26,7 +26,7 @@ class DoctorOptions:
     chaos: bool = False
     """instead: a small training under random kills must end as an undisturbed one"""
     minutes: float = 2.0
-    """of --chaos: how long there are kills at most, about 10 a minute"""
+    """of --chaos: how long there are kills at most"""
     kills: int | None = None
     """of --chaos: how many; exit code 1 if the minutes did not suffice"""
     seed: int = 0

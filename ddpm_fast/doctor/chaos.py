@@ -9,6 +9,7 @@ one, which nothing disturbs, as many steps.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import random
 import re
@@ -23,7 +24,6 @@ from pathlib import Path
 
 from ddpm_fast.errors import Failure
 
-KILLS_PER_MINUTE = 10
 ENDLESS, MORE_STEPS = 10**7, 20  # until the kills are done, and after them
 RESTART_LIMIT_S = 120  # from a kill to the first step; the promise is 20 on an idle machine
 NET = (
@@ -148,18 +148,18 @@ def chaos(
 
     minutes  in which there are kills: the undisturbed run comes on top
     seed     of which kills there are, and when
-    kills    how many, if time allows; None: about KILLS_PER_MINUTE, one at least
+    kills    how many; None: as many as the time allows, one at least
     raises   ChaosError  the training did not go on
     """
     if not Path("/proc/self/task").is_dir():
         raise ChaosError("--chaos finds the ranks in /proc: it needs Linux")
-    wanted = kills or max(1, round(KILLS_PER_MINUTE * minutes))
     with tempfile.TemporaryDirectory(prefix="ddpm_fast_chaos_") as name:
         killed = Training(Path(name) / "killed", ENDLESS)
         whole = Training(Path(name) / "whole", ENDLESS)
         try:
-            say(f"2 gloo ranks under {wanted} random kills in up to {minutes:g} min, seed {seed}")
-            made, restarts_s = _disturb(killed, minutes, wanted, random.Random(seed), say)
+            number = f"{kills} random kills in up to" if kills else "random kills for"
+            say(f"2 gloo ranks under {number} {minutes:g} min, seed {seed}")
+            made, restarts_s = _disturb(killed, minutes, kills, random.Random(seed), say)
             killed.end()
             whole.iterations = killed.iterations = killed.saved_step + MORE_STEPS
             _finish(killed)
@@ -181,17 +181,18 @@ def chaos(
     if made < (kills or 1):
         say(f"{made} kills in {minutes:g} minutes, {kills or 1} wanted: give more --minutes")
         return 1
-    say(
-        f"ok: after {made} of {wanted} kills the weights are those of the undisturbed run, bit for "
-        "bit"
-    )
+    say(f"ok: after {made} kills the weights are those of the undisturbed run, bit for bit")
     return 0
 
 
 def _disturb(
-    training: Training, minutes: float, wanted: int, rng: random.Random, say: Callable[[str], None]
+    training: Training,
+    minutes: float,
+    wanted: int | None,
+    rng: random.Random,
+    say: Callable[[str], None],
 ) -> tuple[int, list[float]]:
-    """Kill until time is up: how often, and the seconds from each kill to the next step.
+    """Kill until time is up or enough were made: how often, and seconds from each to the next step.
 
     Every fourth kill or so strikes while the run still starts: the one before has no such time.
     """
@@ -199,11 +200,11 @@ def _disturb(
     _await_step(training)  # a start that fails is not tried again without end
     training.max_restarts = 1000
     deadline, restarts_s = time.monotonic() + 60 * minutes, []
-    for kills in range(1, wanted + 1):
+    for kills in itertools.count(1):
         kind, pause_s = rng.choice(list(KILLS)), rng.random()
         in_training = rng.random() < 0.75
         time.sleep(pause_s)
-        if time.monotonic() > deadline:
+        if time.monotonic() > deadline or kills - 1 == wanted:
             return kills - 1, restarts_s
         if not training.is_running:  # the kill before had all save and leave
             _await_step(training)
@@ -219,7 +220,6 @@ def _disturb(
             say(f"  first step after {restarts_s[-1]:.1f} s")
         else:
             time.sleep(2 * rng.random())  # Python, torch and the rendezvous take about so long
-    return wanted, restarts_s
 
 
 def _await_step(training: Training) -> None:

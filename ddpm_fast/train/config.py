@@ -21,6 +21,8 @@ from ddpm_fast.values import check_ranges, make_plain, shown
 
 PROG = "python -m ddpm_fast.train"
 CONFIG_NAME = "config.json"
+MOST_PROFILED = 1000  # steps: each is some thousand events in memory and in the trace
+_ON_OFF = {True: "on", False: "off"}
 MOST_STEPS, MOST_CHANNELS = 2**31 - 1, 2**14
 
 # What a number may be, ends included; more than any run needs is a slip of the hand.
@@ -53,6 +55,7 @@ RANGES = {
     "checkpoint_every": (0, MOST_STEPS),
     "keep_checkpoints": (1, MOST_STEPS),
     "keep_every": (0, MOST_STEPS),
+    "profile": (0, MOST_PROFILED),
 }
 
 
@@ -149,8 +152,9 @@ class TrainConfig:
 
     device: str = "auto"
     """auto (CUDA if there is one), cpu, cuda, cuda:1, ..."""
-    compile: bool = False
-    """compile the net with torch.compile where that pays, which is on CUDA"""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """compile the net with torch.compile, on CUDA; auto: where 50,000 steps or more are left to
+    repay it"""
     force_compile: bool = False
     """compile also on CPU, and stop if it fails"""
     cuda_graph: Literal["auto", "on", "off"] = "auto"
@@ -158,6 +162,12 @@ class TrainConfig:
     one, or stop"""
     deterministic: bool = False
     """on CUDA, only cuDNN algorithms that give the same bits each time, instead of the fastest"""
+    cudnn_algorithms: Literal["10", "all"] = "10"
+    """how many algorithms cuDNN tries for each convolution before it takes the fastest; all take
+    longer at the first steps and may find a faster one (not measured)"""
+    tf32: Literal["on", "off"] = "off"
+    """on CUDA in fp32: round what convolutions and matrix products multiply to TF32's 10 bits,
+    which is faster"""
     grad_compression: Literal["none", "bf16"] = "none"
     """send gradients between processes as they are, or rounded to bf16"""
     timeout: float = 600.0
@@ -165,6 +175,9 @@ class TrainConfig:
     recompute: Literal["none", "norm", "block"] = "none"
     """compute again in the backward pass what is not kept: norms, or whole residual blocks"""
 
+    profile: int = 0
+    """steps to profile once they are warm: a table by kernel and a trace in the run folder; a
+    resumed run does so only if asked again"""
     run_dir: str | None = None
     """folder of the run; None: runs/<preset>-<time>"""
     log_every: int = 50
@@ -192,6 +205,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         make_plain(self)
+        if isinstance(self.compile, bool):
+            object.__setattr__(self, "compile", _ON_OFF[self.compile])
         _check_preset(self.preset)
         check_ranges(self, RANGES)
         decays = (self.ema_decay, *self.extra_ema_decays)
@@ -261,9 +276,10 @@ RENAMED = {
 # they are the same images, their digest says.
 RESUMABLE = frozenset({
     "iterations", "data", "data_root", "device", "compile", "force_compile", "cuda_graph",
-    "deterministic", "grad_accumulation", "recompute", "grad_compression", "timeout", "on_nan",
-    "log_every", "sample_every", "sample_images", "sample_steps", "checkpoint_every",
-    "exact_checkpoints", "keep_checkpoints", "keep_every", "monitor", "tensorboard", "wandb",
+    "deterministic", "cudnn_algorithms", "tf32", "grad_accumulation", "recompute",
+    "grad_compression", "timeout", "on_nan", "profile", "log_every", "sample_every",
+    "sample_images", "sample_steps", "checkpoint_every", "exact_checkpoints", "keep_checkpoints",
+    "keep_every", "monitor", "tensorboard", "wandb",
 })  # fmt: skip
 
 
@@ -340,6 +356,8 @@ def _checked_values(values: Any, path: Path) -> dict[str, Any]:
         if name not in names:
             raise UsageError(f"{path}: unknown key {name!r}{nearest(name, names)}")
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    if isinstance(values.get("compile"), bool):  # of a run before there was "auto"
+        values["compile"] = _ON_OFF[values["compile"]]
     hints = get_type_hints(TrainConfig)
     for name, value in values.items():
         if isinstance(value, str) and "\0" in value:
@@ -385,7 +403,7 @@ def _base_values(
         raise UsageError("--resume takes the run's own configuration: allowed without --config")
     if run_dir:
         values, notes = _run_values(Path(run_dir))
-        return {**values, "run_dir": run_dir}, True, notes, False
+        return {**values, "run_dir": run_dir, "profile": 0}, True, notes, False
     values = read_config(Path(given["config"])) if given.get("config") else {}
     values.pop("run_dir", None)  # a new run has its own folder
     preset = given.get("preset") or values.get("preset")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from ddpm_fast.train.failures import (
     told_if_the_net_does_not_fit,
 )
 from ddpm_fast.train.mfu import mfu_of
+from ddpm_fast.train.profile import StepProfile
 from ddpm_fast.train.progress import Display, Measured, peak_gib
 from ddpm_fast.train.resuming import (
     average_parts,
@@ -65,6 +66,8 @@ from ddpm_fast.train.stopping import stop_requests
 from ddpm_fast.train.summary import summarise
 from ddpm_fast.train.trackers import Track, open_trackers
 
+ANOTHERS_SIGNAL = "a signal to another process"
+
 
 def train(invocation: Invocation) -> None:
     """Run an invocation to its end or until it is told to stop.
@@ -77,17 +80,27 @@ def train(invocation: Invocation) -> None:
     with left_at_once_if_rank_lost(PROG), told_if_rank_lost(PROG, when, GO_ON):
         world = join(device, timeout_s=config.timeout)
         invocation = world.from_chief(lambda: invocation)  # the others may not see the folder
-        _train(invocation, device, world)
+        unfinished = _train(invocation, device, world)
         world.leave()
+    if unfinished:
+        raise TrainingError(unfinished)
 
 
-def _train(invocation: Invocation, device: torch.device, world: World) -> None:
+def _train(invocation: Invocation, device: torch.device, world: World) -> str | None:
+    """Train; returns why this process has not done its work, if it ends without being asked to.
+
+    As on a node whose ranks leave because those of another one were told to: with exit code 0 its
+    torchrun or batch system would take the run for done.
+    """
     config = world.together(
         lambda: for_ranks(
             invocation.config, device, world, resumed=invocation.resume, restarted=invocation.waits
         )
     )
-    choose_algorithms(device, deterministic=config.deterministic)
+    choose_algorithms(
+        device, deterministic=config.deterministic, algorithms=config.cudnn_algorithms,
+        tf32=config.tf32 == "on",
+    )  # fmt: skip
     images = open_data_once(config, world, print if world.is_chief else _quiet)
     train_step = world.together(lambda: _make_step(config, images, device, world))
     path = Path(world.from_chief(lambda: str(config.run_dir or default_run_dir(config.preset))))
@@ -120,20 +133,22 @@ def _train(invocation: Invocation, device: torch.device, world: World) -> None:
             if invocation.fitted and not invocation.resume:
                 with told_if_the_net_does_not_fit():
                     display.say(length_estimate(train_step))
-            wrap_net(train_step, display.say)
+            wrap_net(train_step, display.say, done=run.step)
             with told_if_it_cannot_go_on(
                 run.train_step, lambda: f"after step {run.step}", resumed=invocation.resume
             ):
                 run.steps(stop)
             train_step.forget_graphs()  # their collectives would keep the ranks from parting
             if run.step < config.iterations:
-                display.say(
+                told = (
                     f"stopped by {stop[0]} after step {run.step}; checkpoint saved; continue with: "
                     f"{PROG} --resume {path}"
                 )
-                return
+                display.say(told)
+                return None if world.any_on_node(stop != [ANOTHERS_SIGNAL]) else told
         if world.is_chief:
             summarise(train_step, folder, images, run.last_measured, run.images_per_s, display)
+        return None
     finally:
         folder.close()
 
@@ -168,6 +183,11 @@ class Run:
         )
         self.monitor, self._monitored_s = monitor, 0.0
         self.world = train_step.world
+        self.profile: StepProfile | None = None
+        if self.config.profile and self.world.is_chief:
+            self.profile = StepProfile(
+                train_step, self.config.profile, folder.path / "profile", display.say
+            )
         self.device = train_step.batches.device
         self.step = 0
         self.last_measured: Measured | None = None
@@ -205,7 +225,11 @@ class Run:
 
     def _where(self) -> str:
         size = self.world.size
-        return str(self.device) if size == 1 else f"{size} processes ({self.device.type})"
+        where = str(self.device) if size == 1 else f"{size} processes ({self.device.type})"
+        if self.device.type != "cuda":
+            return where
+        tf32 = "convolutions and matrix products in TF32" if self.config.tf32 == "on" else "no TF32"
+        return f"{where}, {'bf16' if self.train_step.autocast_dtype else f'fp32, {tf32}'}"
 
     @property
     def images_per_s(self) -> float:
@@ -215,24 +239,26 @@ class Run:
         return self._trained_steps * self.config.batch_size / self._trained_s
 
     def _train_one(self) -> None:
-        train_step = self.train_step
-        if self._trained_any or not train_step.compiled:
-            train_step(self.step)
+        train_one = self.profile or self.train_step
+        if self._trained_any or not self.train_step.compiled:
+            train_one(self.step)
         else:
-            self._compile_and_train()
+            self._compile_and_train(train_one)
         if not self._trained_any and self.world.is_chief:
             with self._maintenance():  # the optimizer's state is there by now
                 self.saving.reserve()
+        if self.profile is not None and self.profile.profiling:
+            self._warm = None  # nor does this interval count
         self._trained_any = True
         self.step += 1
         self.display.stepped(self.step)
 
-    def _compile_and_train(self) -> None:
+    def _compile_and_train(self, train_one: Callable[[int], None]) -> None:
         """The first step of a compiled net; eager, with one line, if it cannot be compiled."""
         start = time.perf_counter()
         try:
             with self.display.busy("compiling"):
-                self.train_step(self.step)
+                train_one(self.step)
         except compile_errors() as error:
             path = self.folder.path / "compile_error.txt"
             with suppress(OSError):  # a rank on another machine may not see the folder
@@ -245,7 +271,7 @@ class Run:
                 self.train_step.forward = self.train_step.net
             else:  # what shares the gradients calls the compiled net
                 torch.compiler.set_stance("force_eager")
-            self.train_step(self.step)
+            train_one(self.step)
         else:
             seconds = time.perf_counter() - start
             self.display.say(f"compiled, with the first step, in {seconds:.0f} s")
@@ -255,18 +281,21 @@ class Run:
         """Train until `stop` holds a reason or all steps are done, then save."""
         config = self.config
         self._start_interval()
-        while self.step < config.iterations and not self._is_told_to_stop(stop):
-            self._train_one()
-            if self.step == 1 or self.step % config.log_every == 0 or self._is_last():
-                self._measure()
-            with self._maintenance():
-                if _due(self.step, config.checkpoint_every):
-                    self.save_checkpoint()
-                elif self.saving.is_overdue() and self.train_step.healthy.item():
-                    self.saving.save(self.step)
-                if self._samples_due():
-                    with told_if_only_a_grid_fails(self.step, self.display.say):
-                        self.save_samples()
+        with closing(self.profile) if self.profile else nullcontext():
+            while self.step < config.iterations and not self._is_told_to_stop(stop):
+                self._train_one()
+                if self.step == 1 or self.step % config.log_every == 0 or self._is_last():
+                    self._measure()
+                with self._maintenance():
+                    if self.profile is not None:
+                        self.profile.report_if_due()
+                    if _due(self.step, config.checkpoint_every):
+                        self.save_checkpoint()
+                    elif self.saving.is_overdue() and self.train_step.healthy.item():
+                        self.saving.save(self.step)
+                    if self._samples_due():
+                        with told_if_only_a_grid_fails(self.step, self.display.say):
+                            self.save_samples()
         self._check_finite()
         if self.world.is_chief:
             self.saving.finish(self.step)
@@ -275,7 +304,7 @@ class Run:
         """Whether any rank is; where a rank was lost, this is the first to notice."""
         told = self.world.any(bool(stop))
         if told and not stop:
-            stop.append("a signal to another process")
+            stop.append(ANOTHERS_SIGNAL)
         return told
 
     def save_checkpoint(self) -> None:

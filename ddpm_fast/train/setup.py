@@ -30,6 +30,12 @@ from ddpm_fast.train.classes import numbered_as_in_run
 from ddpm_fast.train.config import TrainConfig
 from ddpm_fast.train.step import TrainStep
 
+# Compiling takes 60 to 90 s and saves about 1.7 ms of a step of the cifar10 preset at batch 128 on
+# an H100. Estimates of a model, not measured; larger batches repay it sooner, smaller nets later.
+COMPILE_STEPS = 50_000
+# DDP's optimizer of compiled nets takes torch.utils.checkpoint as of torch 2.13; before, it raises
+# (pytorch #104674), and the net would be trained eager.
+DDP_SPLITS_RECOMPUTED = torch.__version__ >= (2, 13)
 HELD_BY_EACH_BYTES = 256 * 2**20  # of a set in memory, by each process of a machine
 
 
@@ -138,15 +144,27 @@ def for_ranks(
     return config
 
 
-def choose_algorithms(device: torch.device, *, deterministic: bool) -> None:
+def choose_algorithms(
+    device: torch.device, *, deterministic: bool, algorithms: str = "10", tf32: bool = False
+) -> None:
     """cuDNN's fastest algorithms, by trying them at the first steps; or only ones that give the
     same bits each time, which is also what somebody who has asked torch for such gets.
 
-    Of torch's attentions only the plain one has a backward pass of the same bits.
+    algorithms  how many are tried for a convolution: "10", torch's default, or "all"
+    tf32        fp32 convolutions and matrix products alike multiply in TF32; else neither does
+
+    Of torch's attentions the plain one alone has a backward pass of the same bits here: torch holds
+    cuDNN's not to be deterministic (sdp_utils.cpp), and asks for flash's deterministic one only
+    under torch.use_deterministic_algorithms, which makes other ops and cuBLAS raise.
     """
     if device.type != "cuda":
         return
     cudnn = torch.backends.cudnn
+    cudnn.benchmark_limit = 0 if algorithms == "all" else 10
+    with warnings.catch_warnings():  # some versions recommend the newer switch
+        warnings.simplefilter("ignore", UserWarning)
+        # These set the newer fp32_precision too; set the other way round, reading these raises.
+        torch.backends.cuda.matmul.allow_tf32 = cudnn.allow_tf32 = tf32
     cudnn.deterministic = cudnn.deterministic or deterministic
     same_bits = cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
     cudnn.benchmark = not same_bits
@@ -203,35 +221,58 @@ def make_step(
     )  # fmt: skip
 
 
-def wrap_net(train_step: TrainStep, say: Callable[[str], None]) -> None:
+def wrap_net(train_step: TrainStep, say: Callable[[str], None], *, done: int = 0) -> None:
     """Compile the net where that pays, then have the ranks share its gradients.
+
+    done  steps of the run before this start
 
     After the weights are loaded, which rank 0 sends to the others here; and before the compiled
     net is first called, or the gradients would be sent only after the whole backward pass.
     """
-    if _compiles(train_step.config, train_step.batches.device, say):
-        say("compiling: the first step takes up to some minutes")
+    config, ranks = train_step.config, train_step.world.size
+    compiles, why = compile_choice(config, train_step.batches.device, config.iterations - done)
+    say(why)
+    if compiles:
         # Of a second size torch would make a graph for all sizes, which is slower.
         dynamic = False if len(train_step.part_sizes) > 1 else None
+        if ranks > 1 and config.recompute != "none" and not DDP_SPLITS_RECOMPUTED:
+            torch._dynamo.config.optimize_ddp = False
+            say(
+                f"--recompute {config.recompute}: torch {torch.__version__} cannot split the "
+                "compiled net, so gradients are sent after the whole backward pass"
+            )
         train_step.forward = torch.compile(train_step.net, fullgraph=True, dynamic=dynamic)
         train_step.compiled = True
-    if train_step.world.size > 1:
+    if ranks > 1:
         train_step.forward = _shared(train_step)
 
 
-def _compiles(config: TrainConfig, device: torch.device, say: Callable[[str], None]) -> bool:
-    """Whether to compile; on CPU only when --force-compile asks for it."""
-    if not (config.compile or config.force_compile):
-        return False
-    if device.type == "cpu" and not config.force_compile:
-        say("--compile: compiling does not pay on CPU; training eager (--force-compile compiles)")
-        return False
-    if device.type == "cuda" and not has_triton():
-        if config.force_compile:
+def compile_choice(config: TrainConfig, device: torch.device, steps_left: int) -> tuple[bool, str]:
+    """Whether to compile the net, and the line that says why.
+
+    raises  UsageError  --force-compile on CUDA without Triton
+    """
+    takes = "the first step takes up to some minutes"
+    if config.force_compile:
+        if device.type == "cuda" and not has_triton():
             raise UsageError("--force-compile on CUDA needs Triton: pip install triton")
-        say("--compile needs Triton, which is not installed (pip install triton); training eager")
-        return False
-    return True
+        return True, f"compiling, by --force-compile: {takes}"
+    if config.compile == "off":
+        return False, "training eager, by --compile off"
+    asked = "--compile: " if config.compile == "on" else ""
+    if device.type != "cuda":
+        why = "compiling does not pay on CPU; training eager (--force-compile compiles)"
+        return False, asked + why
+    if not has_triton():
+        return False, f"{asked}compiling needs Triton (pip install triton); training eager"
+    if config.compile == "on":
+        return True, f"compiling, by --compile: {takes}"
+    if steps_left < COMPILE_STEPS:
+        return False, (
+            f"training eager: {steps_left} steps would not repay compiling, {COMPILE_STEPS} would "
+            "(--compile compiles)"
+        )
+    return True, f"compiling, as {steps_left} steps repay it: {takes} (--no-compile trains eager)"
 
 
 def _shared(train_step: TrainStep) -> DistributedDataParallel:

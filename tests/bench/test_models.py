@@ -319,6 +319,45 @@ def test_a_step_that_was_not_captured_says_why(monkeypatch):
     assert row.why_not == "not captured: no room"
 
 
+def test_a_captured_step_is_measured_at_both_batches_with_its_profile(tmp_path, monkeypatch):
+    """Of ours and of the baseline, a row each; one without room leaves the other its own."""
+
+    def timed(row, setup, what, batch, device, *_):
+        if batch == 512 and setup.net == "ours":
+            raise torch.cuda.OutOfMemoryError
+        row.columns["profile"] = {"kernels": []}
+
+    setups = [Setup(net=net, bf16=False, captured=True) for net in ("ours", "original")]
+    monkeypatch.setattr(model_rows, "TRAINING", setups)
+    monkeypatch.setattr(model_rows, "_time_alone", timed)
+    monkeypatch.setattr(Setup, "why_not", lambda self, device: "")
+    results = Results(tmp_path / "models.json", "models", 1000.0)
+    model_rows.measure_models(results, CPU, CEILINGS, dry_run=False)
+    assert [(row["impl"].split()[0], row["batch"], row.get("why_not")) for row in results.rows] == [
+        ("ours", 128, None), ("original", 128, None),
+        ("ours", 512, model_rows.OUT_OF_MEMORY), ("original", 512, None),
+    ]  # fmt: skip
+    again = Results(results.path, "models", 1000.0)
+    again.go_on({**results.data, "rows": results.rows[:2]})
+    model_rows.measure_models(again, CPU, CEILINGS, dry_run=False)
+    assert [row["batch"] for row in again.rows] == [128, 128, 512, 512]
+
+
+@pytest.mark.parametrize("net", ["ours", "original"])
+def test_every_captured_row_keeps_its_kernels_by_name(monkeypatch, net):
+    setup, row = Setup(net=net, bf16=False, captured=True), model_rows.Row({})
+    cuda = SimpleNamespace(type="cuda")
+    model = SimpleNamespace(captured=object(), setup=setup)
+    monkeypatch.setattr(model_rows, "_ready", lambda *_: (model, lambda: None))
+    monkeypatch.setattr(model_rows, "figures", lambda *_: {})
+    monkeypatch.setattr(
+        model_rows, "time_in_turns", lambda *_, **__: {"": model_rows.Samples((1.0,))}
+    )
+    monkeypatch.setattr(model_rows, "busy", lambda call, device: {"profile": {"us": 1.0}})
+    model_rows._time_alone(row, setup, "training step", 128, cuda, CEILINGS, 0, True)
+    assert row.columns["profile"] == {"us": 1.0}
+
+
 def test_labels_tell_the_setups_of_a_list_apart():
     for setups in (TRAINING, SAMPLING, MEMORY):
         names = [(setup.preset, setup.label) for setup in setups]

@@ -82,6 +82,18 @@ def write(tmp_path):
     return write
 
 
+def test_a_readme_takes_no_results_of_an_unknown_commit(write, tmp_path, capsys):
+    readme = tmp_path / "README.md"
+    text = f"{report.BEGIN}\n{report.END}\n"
+    readme.write_text(text)
+    path = write(invented() | {"commit": "unknown"})
+    assert report.main([str(path), "--readme", str(readme)]) == 2
+    assert readme.read_text() == text and "DDPM_FAST_COMMIT" in capsys.readouterr().err
+    assert report.main([str(path)]) == 0  # to look at they are good enough
+    assert report.main([str(write(invented())), "--readme", str(readme)]) == 0
+    assert readme.read_text() != text
+
+
 def test_ours_at_its_fastest_stands_beside_the_fastest_of_each_kind(write):
     found = {(each.what, each.baseline): each for each in comparisons(load(write(invented())))}
     step = "training step, cifar10, batch 512"

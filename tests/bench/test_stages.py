@@ -1,19 +1,22 @@
 """Stages of the GPU suite: one kernel's error is its own, killed tests leave what they found."""
 
+import errno
 import json
 import os
 import sys
 import time
+from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench import failures, kernel_rows, model_rows, outcomes, stages
+from bench import failures, gpu_tests, kernel_rows, model_rows, outcomes, stages
 from bench.ceilings import Ceilings
 from bench.failures import DeviceLost
 from bench.models import Setup
-from bench.results import DEVICE_LOST, SUITE, Results, read_json, write_json
+from bench.results import DEVICE_LOST, SUITE, Results, read_json, started_row, write_json
 from bench.subjects import Subject
 from ddpm_fast import kernels
 from ddpm_fast.kernels.dropout import SPEC
@@ -51,6 +54,16 @@ def test_a_kernel_that_fails_is_told_and_the_others_go_on(results, measured):
     assert measured == ["a1", "b1", "c1", "a2", "b2", "c2"]
 
 
+def test_kernels_that_most_of_a_step_is_made_of_come_first(results, measured, monkeypatch):
+    monkeypatch.setattr(stages, "FIRST_KERNELS", ("c", "a"))
+    with pytest.raises(stages.StageFailed):
+        stages.run_kernels(results, CPU, dry_run=False)
+    assert measured == ["a1", "c1", "a2", "c2", "b1", "b2"]
+    names = {import_module(f"ddpm_fast.kernels.{name}").SPEC.name for name in kernels.MODULES}
+    monkeypatch.undo()
+    assert set(stages.FIRST_KERNELS) <= names
+
+
 def test_after_a_lost_device_another_process_goes_on_behind_that_kernel(
     results, measured, monkeypatch
 ):
@@ -79,6 +92,8 @@ def test_a_stage_goes_on_after_the_rows_it_has_and_its_imports_count(tmp_path, m
     command = ["kernels", "--out", str(tmp_path), "--seconds", "100", "--dry-run", "--go-on"]
     started = f"{time.monotonic() - 30:.3f}"
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(stages, "stop_on_sigterm", lambda: None)
+    monkeypatch.setattr(stages, "end_with_parent", lambda: None)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)  # and back at the end
     assert stages.main([*command, "--started", started]) == DEVICE_LOST
     found = read_json(tmp_path / "kernels.json")
@@ -130,12 +145,10 @@ def test_what_is_not_installed_is_the_first_row(results, monkeypatch):
     monkeypatch.setattr(
         stages.bench_ceilings, "measure", lambda device, tiny: measure(device, tiny=True)
     )
-    have = stages.find_spec
-    monkeypatch.setattr(
-        stages, "find_spec", lambda name: None if name in ("tyro", "pynvml") else have("json")
-    )
+    monkeypatch.setattr(stages.packages, "missing", lambda: {"tyro": "not there"})
     stages.run_ceilings(results, CPU, dry_run=True)
-    assert results.rows[0] == {"name": "packages", "found": "missing: tyro, nvidia-ml-py"}
+    assert results.rows[0]["name"] == "packages"
+    assert "tyro (not there)" in results.rows[0]["found"]
 
 
 def test_shares_of_the_floor_are_by_the_larger_ceilings_of_before_and_after(results, monkeypatch):
@@ -210,8 +223,8 @@ def test_outcomes_are_in_the_file_as_they_come(tmp_path):
 
 
 def test_tests_that_do_not_stop_when_interrupted_are_killed_and_counted(results, monkeypatch):
-    monkeypatch.setattr(stages, "GRACE_S", 0.2)
-    monkeypatch.setattr(stages, "NOTE_S", 0.05)
+    monkeypatch.setattr(gpu_tests, "GRACE_S", 0.2)
+    monkeypatch.setattr(gpu_tests, "NOTE_S", 0.05)
     lines = [dict(name=f"t{i}", outcome="passed", why="") for i in range(3)]
     lines.append(dict(name="t9", outcome="failed", why="no"))
     code = (
@@ -219,10 +232,11 @@ def test_tests_that_do_not_stop_when_interrupted_are_killed_and_counted(results,
         f"open(os.environ[{outcomes.VARIABLE!r}], 'w').write({''.join(map(lines_of, lines))!r});"
         "time.sleep(60)"
     )
-    run = stages._run_or_interrupt
+    environs = []
+    run = gpu_tests._run_or_interrupt
     monkeypatch.setattr(
-        stages, "_run_or_interrupt",
-        lambda command, seconds, environ, note: run(
+        gpu_tests, "_run_or_interrupt",
+        lambda command, seconds, environ, note: environs.append(environ) or run(
             [sys.executable, "-c", code], 1.0, environ, note
         ),
     )  # fmt: skip
@@ -230,6 +244,7 @@ def test_tests_that_do_not_stop_when_interrupted_are_killed_and_counted(results,
     with pytest.raises(stages.StageFailed):
         stages.run_tests(results, CPU, dry_run=True)
     assert time.monotonic() - start < 10
+    assert environs[0]["DDPM_FAST_TRIALS"] == "5"
     assert results.rows == [
         {"name": "pytest -m gpu", "found": "3 passed, 1 failed, 0 skipped, exit code -9"},
         {"name": "t9", "found": "no"},
@@ -238,3 +253,34 @@ def test_tests_that_do_not_stop_when_interrupted_are_killed_and_counted(results,
 
 def lines_of(row):
     return json.dumps(row) + "\n"
+
+
+def test_a_row_that_a_killed_stage_had_started_leaves_a_trace(tmp_path):
+    results = Results(tmp_path / "models.json", "models", 100.0)
+    assert not results.over("first")
+    results.add("first batch 128", ms=1.0)
+    assert started_row(read_json(results.path)) is None
+    assert not results.over("second")
+    assert started_row(read_json(results.path))["name"] == "second"
+    again = Results(tmp_path / "models.json", "models", 100.0)
+    again.go_on(read_json(results.path) or results.data)
+    assert started_row(again.data) is None
+
+
+def test_on_a_full_disk_a_stage_goes_on_and_its_rows_stand_in_its_output(
+    tmp_path, monkeypatch, capsys
+):
+    def full(path, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    results = Results(tmp_path / "kernels.json", "kernels", 100.0)
+    results.add("first", ms=1.0)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", full)
+        results.add("second", ms=2.0)
+        results.add("third", ms=3.0)
+    said = capsys.readouterr().out
+    assert "second  ms=2.0" in said and said.count("No space left") == 1
+    assert [row["name"] for row in read_json(results.path)["rows"]] == ["first"]
+    results.add("fourth", ms=4.0)
+    assert len(read_json(results.path)["rows"]) == 4 and len(list(tmp_path.iterdir())) == 1

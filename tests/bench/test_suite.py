@@ -42,7 +42,11 @@ def test_the_suites_rows_carry_figures_ceilings_and_where_they_are_from(tmp_path
         ceilings = Ceilings(info["copy_gb_s"], info["matmul_tflop_s"])
         assert info["percent_of_floor"] == ceilings.percent_of_floor(info)
         assert info["gb_s"] > 0
-        assert info["commit"] and info["versions"]["torch"] == torch.__version__
+        assert (
+            info["commit"]
+            and info["sdpa_backend"]
+            and info["versions"]["torch"] == torch.__version__
+        )
         assert info["threads"] >= 1 and set(GPU_STATE) < set(info)
     if not torch.cuda.is_available():
         assert "CPU figures" in done.stdout

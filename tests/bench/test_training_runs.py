@@ -8,6 +8,7 @@ import pytest
 from bench import training_runs
 from bench.results import SUITE, Results, write_json
 from bench.training_runs import RunFailed, measure_graph_parity, measure_long_run, read_metrics
+from ddpm_fast.train.config import parse_command
 
 
 @pytest.fixture
@@ -46,6 +47,21 @@ def test_each_way_to_train_is_held_against_eager(monkeypatch, results):
     assert by_name["captured"]["parity"] == "green: losses 0.0e+00 of 1e-02"
     assert by_name["captured"]["found"] == "bitwise the same"
     assert by_name["compiled and captured"]["why_not"] == "no graph"
+
+
+def test_the_path_that_trains_is_held_against_deterministic_eager_within_the_tolerance(
+    monkeypatch, results
+):
+    ran = fake_trainer(
+        monkeypatch, lambda flags: [1.005 if "--no-deterministic" in flags else 1.0] * 10
+    )
+    measure_graph_parity(results, dry_run=False)
+    by_name = {row["name"]: row for row in results.rows}
+    assert by_name[training_runs.AS_TRAINED]["parity"] == "green: losses 5.0e-03 of 1e-02"
+    (flags,) = (flags for flags in ran if "--no-deterministic" in flags)
+    config = parse_command([str(word) for word in flags]).config
+    assert (config.deterministic, config.compile, config.cuda_graph) == (False, "on", "on")
+    assert all(parse_command(list(map(str, f))).config.deterministic for f in ran if f != flags)
 
 
 def test_without_the_flag_the_captured_rows_say_why_not(monkeypatch, results):

@@ -17,17 +17,18 @@ SMALL = dict(
 )  # fmt: skip
 
 
-def main(compiled: bool) -> None:
+def main(compiled: bool, recompute: str = "none", split: str = "split") -> None:
     device = torch.device("cpu")
     world = join(device, timeout_s=60)
     setup.DistributedDataParallel = functools.partial(  # buckets of this small net
         setup.DistributedDataParallel, bucket_cap_mb=0.02
     )
     torch.distributed._DEFAULT_FIRST_BUCKET_BYTES = 5_000
+    setup.DDP_SPLITS_RECOMPUTED &= split == "split"
     torch.compile = functools.partial(torch.compile, backend="aot_eager")
-    config = TrainConfig(**SMALL, force_compile=compiled)
+    config = TrainConfig(**SMALL, force_compile=compiled, recompute=recompute)
     step = setup.make_step(config, open_images("digits", data_root="."), device, world)
-    setup.wrap_net(step, lambda line: None)
+    setup.wrap_net(step, print if world.is_chief else lambda line: None)
     events = []
 
     def send(state, bucket):
@@ -43,9 +44,10 @@ def main(compiled: bool) -> None:
         step(number)
     if world.is_chief:
         print("loss", repr(float(step.loss)))
+        print("graphs", setup.compiled_graphs() if compiled else 0)
         print("events", *(event.replace(" ", "_") for event in events))
     world.leave()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] == "compiled")
+    main(sys.argv[1] == "compiled", *sys.argv[2:])

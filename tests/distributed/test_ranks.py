@@ -8,14 +8,19 @@ import pytest
 import torch
 
 from ddpm_fast import checkpoint
+from ddpm_fast.data import open_images
 from ddpm_fast.distributed import ALONE
 from ddpm_fast.train.__main__ import main
+from ddpm_fast.train.config import TrainConfig
+from ddpm_fast.train.setup import make_step
 from tests.distributed import two_halves
+from tests.distributed.hook_order import SMALL
 
 FLAGS = ("--iterations", 8, "--log-every", 2, "--sample-every", 0, "--checkpoint-every", 4,
          "--dropout", 0.2, "--use-labels", "--flip", "on", "--learning-rate", 0.01,
          "--warmup-steps", 0, "--lr-schedule", "constant")  # fmt: skip
 TRAIN = ("-m", "ddpm_fast.train")
+CPU = torch.device("cpu")
 
 
 def losses(folder):
@@ -108,6 +113,15 @@ dist.destroy_process_group()
 """
 
 
+def test_one_of_the_ranks_is_profiled_and_the_others_wait_for_it(
+    run_ranks, tmp_path, tiny, one_rank
+):
+    run = tmp_path / "run"
+    output = run_ranks(2, *TRAIN, *tiny, *FLAGS, "--run-dir", run, "--profile", 2)
+    assert output.count("profile of steps 4 to 5: ") == 1 and len(list(run.glob("profile/*"))) == 3
+    assert_same_run(run, one_rank)
+
+
 def test_in_a_loop_of_ones_own_each_rank_keeps_its_dropout_masks(run_ranks, tmp_path):
     (tmp_path / "plain.py").write_text(PLAIN_DDP)
     output = run_ranks(2, tmp_path / "plain.py")
@@ -155,6 +169,20 @@ def test_gradients_are_sent_while_the_backward_pass_goes_on_compiled_or_not(run_
         assert last_part.index("sent") < last_part.index("first_layer") - 1, last_part
         losses += [float(line.split()[1]) for line in output if line.startswith("loss")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("how", [("norm", "split"), ("block", "whole")])
+def test_a_compiled_net_that_recomputes_stays_compiled_under_ddp(run_ranks, how):
+    """Whole: as by a torch whose DDP cannot split it."""
+    output = run_ranks(2, "-m", "tests.distributed.hook_order", "compiled", *how)
+    step = make_step(TrainConfig(**SMALL), open_images("digits", data_root="."), CPU)
+    for number in range(3):
+        step(number)
+    assert float(re.search(r"^loss (.*)$", output, re.M)[1]) == pytest.approx(
+        step.loss.item(), rel=1e-5
+    )
+    assert re.search(r"^graphs [1-9]", output, re.M)
+    assert ("--recompute block: " in output) == (how[1] == "whole")
 
 
 @pytest.mark.parametrize(

@@ -16,14 +16,15 @@ pytestmark = [
 
 
 def test_after_two_random_kills_the_weights_are_bitwise_those_of_an_undisturbed_run(tmp_path):
-    command = [sys.executable, "-m", "ddpm_fast.doctor", "--chaos", "--minutes", "0.2"]
+    command = [sys.executable, "-m", "ddpm_fast.doctor", "--chaos", "--minutes", "2",
+               "--kills", "2"]  # fmt: skip
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     kills = sum(line.startswith("kill ") for line in lines)
-    assert 1 <= kills <= 2  # one where the machine is too busy for a second in time
-    assert lines[-1].startswith(f"ok: after {kills} of 2 kills the weights are those of the und")
-    assert float(re.search(r"first step after ([\d.]+) s", done.stdout)[1]) < 20
+    assert kills == 2
+    assert lines[-1].startswith("ok: after 2 kills the weights are those of the und")
+    assert re.search(r"first step after [\d.]+ s", done.stdout)
     assert not any(Path(tmp_path).iterdir())
 
 

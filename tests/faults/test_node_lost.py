@@ -1,5 +1,6 @@
 """Two torchruns on this machine stand for two nodes; one is lost, the other goes on alone."""
 
+import signal
 import socket
 import sys
 import threading
@@ -81,6 +82,28 @@ def test_a_node_that_comes_back_is_taken_in_again(start_node, tmp_path, rows, un
     assert [row["step"] for row in found] == [row["step"] for row in expected]
     losses = [row["loss"] for row in expected]
     assert [row["loss"] for row in found] == pytest.approx(losses, rel=1e-5)
+
+
+@pytest.mark.parametrize("whom", [0, 1])
+def test_of_two_nodes_the_one_that_was_not_signalled_has_saved_but_not_done_its_work(
+    start_ranks, tmp_path, tiny, flags, whom
+):
+    """A scheduler takes one node back: exit code 0 of the other would say that the run is done."""
+    options = ("--nnodes", 2, "--rdzv-backend", "c10d", "--rdzv-id", "two", "--local-addr",
+               "127.0.0.1", "--rdzv-endpoint", f"127.0.0.1:{free_port()}")  # fmt: skip
+    argv = ("-m", "ddpm_fast.train", *tiny, *flags, "--iterations", 10**6, "--run-dir",
+            tmp_path / "run", "--timeout", 60)  # fmt: skip
+    nodes = [start_ranks(1, *argv, options=options) for _ in range(2)]
+    log, deadline = tmp_path / "run" / "log.txt", time.monotonic() + 120
+    while not log.exists() or "step 4/" not in log.read_text():
+        assert time.monotonic() < deadline and all(node.poll() is None for node in nodes)
+        time.sleep(0.1)
+    nodes[whom].send_signal(signal.SIGTERM)
+    outputs = [node.communicate(timeout=120)[0] for node in nodes]
+    assert nodes[1 - whom].returncode != 0, outputs
+    assert "error: stopped by a signal to another process after step" in outputs[1 - whom]
+    assert "error: stopped by" not in outputs[whom]
+    assert list((tmp_path / "run" / "checkpoints").glob("step_*/manifest.json"))
 
 
 def test_ranks_agree_on_a_name_whatever_killed_ones_left_in_their_store():

@@ -210,7 +210,7 @@ def test_a_real_gpu_tells_what_it_does():
     assert monitor.why_not is None and last.device == "GPU 0"
     assert last.utilisation > 0 and last.memory_gib > 0.05 and last.sm_mhz > 0
     assert sum(monitor.joules().values()) > 10
-    assert monitor.overhead < 1e-3
+    assert monitor.overhead < 1e-2  # one NVML call may take 0.1 ms in a virtual machine
 
 
 def no_driver():

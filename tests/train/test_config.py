@@ -121,6 +121,33 @@ def test_a_value_of_the_wrong_kind_in_a_config_is_named(tmp_path, key, value):
         parsed(f"--config {path}")
 
 
+@pytest.mark.parametrize("flag", ["compile", "flip", "cuda_graph", "tf32"])
+@pytest.mark.parametrize(
+    "spelling, value",
+    [("--X", "on"), ("--no-X", "off"), ("--X on", "on"), ("--X off", "off"), ("--X=on", "on"),
+     ("--X true", "on"), ("--X False", "off"), ("--no-X false", "on")],
+)  # fmt: skip
+def test_a_switch_is_spelled_as_a_boolean_or_by_its_value(flag, spelling, value):
+    argv = spelling.replace("X", flag.replace("_", "-")) + " --seed 3"
+    assert getattr(parsed(argv), flag) == value and parsed(argv).seed == 3
+
+
+def test_compiling_is_decided_by_the_run_unless_told():
+    assert TrainConfig().compile == parsed("--compile auto").compile == "auto"
+    assert TrainConfig(compile=True).compile == "on"
+    assert TrainConfig(compile=False).compile == "off"
+
+
+@pytest.mark.parametrize("old, value", [(True, "on"), (False, "off")])
+def test_a_config_from_before_compiling_had_auto_is_read(tmp_path, old, value):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"compile": old}))
+    assert parsed(f"--config {path}").compile == value
+    assert parsed(f"--resume {tmp_path}").compile == value
+    assert parsed(f"--resume {tmp_path} --compile").compile == "on"
+    assert parsed(f"--resume {tmp_path} --compile auto --tf32").compile == "auto"
+
+
 @pytest.mark.parametrize(("key", "value"), [("image_size", None), ("dropout", 0), ("run_dir", "x")])
 def test_a_config_may_hold_null_and_whole_numbers_where_they_fit(tmp_path, key, value):
     path = tmp_path / "config.json"
@@ -198,6 +225,15 @@ def test_a_config_that_is_none_is_refused(tmp_path, text):
         ("--auto-resume", "--auto-resume goes with --run-dir"),
         ("--auto-resume --resume a --run-dir b", "without --resume"),
         ("stray", "stray"),
+        ("--compile maybe", "'maybe'"),
+        ("--compile on off", "--compile"),
+        ("--no-compile maybe", "'maybe'"),
+        ("--tf32 auto", "'auto'"),
+        ("--cudnn-algorithms 11", "('10', 'all')"),
+        ("--profile -1", "--profile -1 must be from 0 to 1000"),
+        ("--profile 1001", "--profile 1001 must be from 0 to 1000"),
+        ("--profile", "--profile"),
+        ("--profile 1.5", "'1.5'"),
     ],
 )
 def test_a_bad_argument_is_one_sentence_with_the_value_and_the_rule(argv, told):

@@ -3,6 +3,7 @@
 import json
 import re
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ import torch
 from ddpm_fast import checkpoint
 from ddpm_fast.checkpoint_writer import CheckpointWriter
 from ddpm_fast.diffusion.process import Diffusion
+from ddpm_fast.distributed import ALONE
 from ddpm_fast.train import loop, summary
 from ddpm_fast.train.__main__ import main
+from ddpm_fast.train.config import TrainConfig
 from ddpm_fast.train.step import TrainStep
 
 FEW = ("--iterations", 3, "--sample-every", 0)
@@ -170,6 +173,19 @@ def test_the_summary_leaves_out_the_first_interval_which_warms_up(
     assert rows[0]["images_per_s"] < 3  # 8 images in 3 s
     (speed,) = re.findall(r"speed +(\d+) img/s", capsys.readouterr().out)
     assert int(speed) > 0.5 * min(row["images_per_s"] for row in rows[1:])
+
+
+@pytest.mark.parametrize(
+    "autocast_dtype, tf32, told",
+    [(torch.bfloat16, "off", "cuda, bf16"), (None, "off", "cuda, fp32, no TF32"),
+     (None, "on", "cuda, fp32, convolutions and matrix products in TF32")],
+)  # fmt: skip
+def test_on_cuda_the_run_says_in_which_precision_it_multiplies(autocast_dtype, tf32, told):
+    run = SimpleNamespace(
+        world=ALONE, device=torch.device("cuda"), config=TrainConfig(tf32=tf32),
+        train_step=SimpleNamespace(autocast_dtype=autocast_dtype),
+    )  # fmt: skip
+    assert loop.Run._where(run) == told
 
 
 def test_a_graph_that_must_be_cannot_be_on_the_cpu(tmp_path, tiny, refused):

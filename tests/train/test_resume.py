@@ -150,7 +150,7 @@ def test_a_run_stopped_before_its_first_step_can_be_resumed(
 ):
     """The signal comes while the run is set up: the checkpoint is of step 0."""
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "wrap_net", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr(loop, "wrap_net", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
         assert train(tmp_path / "cut", *SHORT) == 0
     assert (tmp_path / "cut" / "checkpoints" / "step_00000000").is_dir()
     assert resume(tmp_path / "cut") == 0

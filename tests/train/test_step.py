@@ -171,11 +171,20 @@ def test_a_step_and_its_net_are_freed_without_the_collector():
         gc.enable()
 
 
-def test_cudnn_tries_its_algorithms_unless_the_same_bits_are_wanted(monkeypatch):
-    cudnn, cuda = torch.backends.cudnn, torch.device("cuda")
+@pytest.fixture
+def switches(monkeypatch):
+    """torch.backends' switches of convolutions and products, back as they were at the end."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    for name in ("benchmark", "benchmark_limit", "deterministic", "allow_tf32"):
+        monkeypatch.setattr(cudnn, name, getattr(cudnn, name))
+    before = matmul.allow_tf32
+    yield cudnn, matmul
+    matmul.allow_tf32 = before
+
+
+def test_cudnn_tries_its_algorithms_unless_the_same_bits_are_wanted(switches, monkeypatch):
+    (cudnn, _), cuda = switches, torch.device("cuda")
     before = cudnn.benchmark, cudnn.deterministic
-    for name, value in zip(("benchmark", "deterministic"), before, strict=True):
-        monkeypatch.setattr(cudnn, name, value)  # and back at the end
     attentions = []
     for name in ("flash", "mem_efficient", "cudnn"):
         switch = lambda on, name=name: attentions.append((name, on))  # noqa: E731
@@ -193,6 +202,65 @@ def test_cudnn_tries_its_algorithms_unless_the_same_bits_are_wanted(monkeypatch)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     setup.choose_algorithms(cuda, deterministic=False)
     assert not cudnn.benchmark
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+def test_convolutions_and_matrix_products_are_alike_in_tf32(switches, tf32):
+    cudnn, matmul = switches
+    setup.choose_algorithms(torch.device("cuda"), deterministic=False, tf32=tf32)
+    assert cudnn.allow_tf32 == matmul.allow_tf32 == tf32
+    found = (matmul.fp32_precision, cudnn.conv.fp32_precision)  # which Inductor reads
+    assert [each == "tf32" for each in found] == [tf32, tf32]
+
+
+@pytest.mark.parametrize("algorithms, limit", [("10", 10), ("all", 0)])
+def test_cudnn_tries_as_many_algorithms_as_asked(switches, algorithms, limit):
+    cudnn, _ = switches
+    setup.choose_algorithms(torch.device("cuda"), deterministic=False, algorithms=algorithms)
+    assert cudnn.benchmark_limit == limit
+
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+LONG = setup.COMPILE_STEPS
+
+
+@pytest.mark.parametrize(
+    "flags, device, steps_left, compiles",
+    [
+        ({}, CUDA, LONG, True), ({}, CUDA, LONG - 1, False), ({}, CPU, LONG, False),
+        ({"compile": "on"}, CUDA, 1, True), ({"compile": "on"}, CPU, LONG, False),
+        ({"compile": "off"}, CUDA, LONG, False), ({"compile": "off"}, CPU, LONG, False),
+        ({"force_compile": True}, CPU, 1, True),
+        ({"compile": "off", "force_compile": True}, CUDA, 1, True),
+    ],
+)  # fmt: skip
+def test_a_net_is_compiled_where_the_steps_left_repay_it_or_a_flag_says_so(
+    flags, device, steps_left, compiles, monkeypatch
+):
+    monkeypatch.setattr(setup, "has_triton", lambda: True)
+    found, why = setup.compile_choice(TrainConfig(**flags), device, steps_left)
+    assert found == compiles and "\n" not in why
+    assert why.startswith("compiling, ") == compiles
+
+
+def test_without_triton_nothing_is_compiled_on_cuda_or_it_is_refused(monkeypatch):
+    monkeypatch.setattr(setup, "has_triton", lambda: False)
+    for flags in ({}, {"compile": "on"}):
+        compiles, why = setup.compile_choice(TrainConfig(**flags), CUDA, LONG)
+        assert not compiles and "Triton" in why
+    with pytest.raises(UsageError, match="Triton"):
+        setup.compile_choice(TrainConfig(force_compile=True), CUDA, LONG)
+
+
+def test_a_resumed_run_counts_the_steps_that_are_left(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        setup, "compile_choice", lambda config, device, left: asked.append(left) or (False, "")
+    )
+    step = build(iterations=100)
+    setup.wrap_net(step, print, done=60)
+    setup.wrap_net(step, print)
+    assert asked == [40, 100]
 
 
 @pytest.mark.parametrize("flag", ["auto", "off"])
@@ -230,7 +298,8 @@ def test_the_captured_step_is_forgotten_before_the_ranks_part(
     monkeypatch.setattr(World, "leave", lambda world: seen.append("left"))
     if stopped:
         monkeypatch.setattr(World, "any", lambda world, flag: True)
-    assert train(tmp_path / "run", "--iterations", 1, "--sample-every", 0) == 0
+    code = train(tmp_path / "run", "--iterations", 1, "--sample-every", 0)
+    assert code == stopped  # by another process: on this node nobody asked for it
     assert seen == ["forgotten", "left"]
 
 
@@ -277,7 +346,7 @@ def test_a_net_that_does_not_compile_is_trained_eager_or_refused(
     def broken_backend(graph, inputs):
         raise ValueError("no such instruction")
 
-    def fake(train_step, say):
+    def fake(train_step, say, **_):
         torch._dynamo.reset()
         train_step.forward = torch.compile(train_step.net, backend=broken_backend)
         train_step.compiled = True
@@ -296,7 +365,7 @@ def test_a_net_that_is_compiled_again_is_told(tmp_path, train, capsys, monkeypat
     """For another shape: from the third step on the batch comes in halves."""
     torch._dynamo.reset()
 
-    def fake(train_step, say):
+    def fake(train_step, say, **_):
         compiled = torch.compile(train_step.net, backend="eager", dynamic=False)
 
         def forward(x, t, y):
