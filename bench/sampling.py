@@ -45,6 +45,8 @@ class OurLoop:
             net, Diffusion("linear", TIMESTEPS), steps=steps, batch_size=len(x_T), dtype=dtype,
             shape=tuple(x_T.shape[1:]), device=x_T.device,
             recompute_eps=False,  # diffusers keeps the net's eps after clipping x_0
+            spacing="leading",  # as its schedulers have it
+            compile="off",  # a setup that compiles brings its net compiled
         )  # fmt: skip
 
     def __call__(self) -> Tensor:

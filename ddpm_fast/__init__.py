@@ -16,9 +16,20 @@ _HOMES = {
     "Sampler": "ddpm_fast.diffusion.sampler",
     "EMA": "ddpm_fast.ema",
     "load": "ddpm_fast.loading",
+    "save": "ddpm_fast.loading",
 }
 
-__all__ = ["EMA", "Diffusion", "Sampler", "UNet", "UNetConfig", "load", "ops", "sample_images"]
+__all__ = [
+    "EMA",
+    "Diffusion",
+    "Sampler",
+    "UNet",
+    "UNetConfig",
+    "load",
+    "ops",
+    "sample_images",
+    "save",
+]
 
 
 def __getattr__(name: str) -> Any:

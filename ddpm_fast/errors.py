@@ -17,6 +17,10 @@ class Failure(Exception):
     """Work that could not be done, for a reason the user can act on: one line, exit code 1."""
 
 
+class NotFinite(Failure):
+    """Infinite or NaN values where images should be: one line naming the step and the images."""
+
+
 class UsageError(ValueError):
     """A bad argument: one line saying what was given and what is allowed, exit code 2."""
 

@@ -10,9 +10,18 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from ddpm_fast.errors import NotFinite
+
 
 def to_uint8(images: Tensor) -> np.ndarray:
-    """(N, C, H, W) in [-1, 1] -> (N, H, W, C) uint8; values outside are clamped."""
+    """(N, C, H, W) in [-1, 1] -> (N, H, W, C) uint8; values outside are clamped.
+
+    raises  NotFinite  naming the images that hold NaN, which would be black, or infinity
+    """
+    finite = images.isfinite().flatten(1).all(dim=1)
+    if not finite.all():
+        numbers = ", ".join(map(str, (~finite).nonzero().flatten().tolist()[:8]))
+        raise NotFinite(f"images {numbers} of {len(images)} hold values that are not finite")
     scaled = ((images.float() + 1) * 127.5).round().clamp(0, 255)
     return scaled.byte().permute(0, 2, 3, 1).cpu().numpy()
 

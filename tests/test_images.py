@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from ddpm_fast import images
+from ddpm_fast.errors import NotFinite
 from ddpm_fast.images import grid, grid_scale, save_gif, save_png, to_uint8
 
 
@@ -105,3 +106,11 @@ def test_the_file_appears_under_its_name_only_when_it_is_whole(tmp_path, monkeyp
     monkeypatch.setattr(images.Image.Image, "save", watched)
     save_png(path, np.zeros((4, 4, 1), np.uint8))
     assert path.exists()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_not_finite_are_no_pixels(bad):
+    images = torch.zeros(3, 1, 2, 2)
+    images[1, 0, 1, 1] = bad
+    with pytest.raises(NotFinite, match="images 1 of 3"):
+        to_uint8(images)

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import ddpm_fast as df
 from ddpm_fast import checkpoint
 from ddpm_fast.checkpoint import CheckpointError
+from ddpm_fast.errors import UsageError
 from ddpm_fast.loading import load_trained
 from ddpm_fast.nn.config import UNetConfig
 
@@ -117,6 +118,130 @@ def test_a_run_falls_back_to_its_last_healthy_checkpoint_and_says_so(run, capsys
     newest(run).write_bytes(newest(run).read_bytes()[:-5])
     assert load_trained(run).step == 3
     assert f"warning: skipped a damaged checkpoint: {newest(run)}" in capsys.readouterr().err
+
+
+def test_a_loaded_net_brings_the_process_that_it_was_trained_with(tiny_run):
+    net = df.load(tiny_run)
+    assert net.process.to_json() == load_trained(tiny_run).proc.to_json()
+    assert not [name for name in net.state_dict() if "process" in name]
+    images = df.sample_images(net, None, 2)
+    assert torch.equal(images, df.sample_images(net, df.Diffusion("cosine", 5), 2))
+    with pytest.warns(UserWarning, match="the net was trained with"):
+        df.sample_images(net, df.Diffusion("linear"), 1, steps=1)
+    net = df.load(GOLDEN / "seed_uncond.pth", config=golden_config("seed_uncond"))
+    assert net.process.num_timesteps == 50
+
+
+@pytest.mark.parametrize("ema", [True, False])
+def test_a_saved_net_comes_back_with_its_configuration_and_its_process(tmp_path, ema):
+    net, proc = df.UNet.from_preset("digits", dropout=0.3), df.Diffusion("cosine", 30)
+    df.save(net, tmp_path / "mine", proc)
+    again = df.load(tmp_path / "mine", ema=ema)
+    assert again.config == net.config and again.process.to_json() == proc.to_json()
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name])
+    df.save(again, tmp_path / "copy")  # by its own process
+    assert df.load(tmp_path / "copy").process.matches(proc)
+
+
+def test_saving_replaces_nothing_and_needs_a_process(tmp_path, tiny_run, tree):
+    net, before = df.UNet.from_preset("digits"), tree(tiny_run)
+    for folder in (tiny_run, tiny_run / "checkpoints" / "step_00000004"):
+        with pytest.raises(ValueError, match="holds checkpoints"):
+            df.save(net, folder, df.Diffusion())
+    assert tree(tiny_run) == before
+    with pytest.raises(ValueError, match="proc=None"):
+        df.save(net, tmp_path / "mine")
+    with pytest.raises(ValueError, match="no schedule to save"):
+        df.save(net, tmp_path / "mine", df.Diffusion.from_betas(torch.full((5,), 0.1)))
+    assert not (tmp_path / "mine").exists()
+
+
+WRAPPED = {
+    "plain": lambda state: state,
+    "DDP": lambda state: prefixed(state, "module."),
+    "compiled": lambda state: prefixed(state, "_orig_mod."),
+    "compiled in DDP": lambda state: prefixed(state, "module._orig_mod."),
+    "EMA": lambda state: prefixed(state, "ema_model."),
+    "EMA of DDP": lambda state: prefixed(state, "ema_model.module."),
+    "a trainer's net": lambda state: prefixed(state, "net."),
+    "a trainer's model in DDP": lambda state: prefixed(state, "module.model."),
+    "compiled EMA": lambda state: prefixed(state, "_orig_mod.ema_model."),
+    **{
+        f"under {name}": lambda state, name=name: {name: state, "epoch": 3, "optimizer": {"lr": 1}}
+        for name in ("state_dict", "model", "ema", "net", "model_state_dict")
+    },
+    "nested twice": lambda state: {"model": {"state_dict": prefixed(state, "module.")}},
+}
+
+
+def prefixed(state, prefix):
+    return {prefix + name: value for name, value in state.items()}
+
+
+@pytest.mark.parametrize("form", WRAPPED)
+def test_state_dicts_of_ones_own_are_understood(form, tmp_path):
+    config = golden_config("seed_uncond")
+    state = df.UNet.from_config(config).state_dict()
+    torch.save(WRAPPED[form](state), tmp_path / "own.pt")
+    net = df.load(tmp_path / "own.pt", config=config)
+    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+    assert net.process is None  # the file says nothing of it
+    with pytest.raises(ValueError, match="proc=None"):
+        df.sample_images(net, None, 1)
+
+
+def test_trained_weights_asked_for_are_never_replaced_by_averages(tmp_path):
+    config, path = golden_config("seed_uncond"), tmp_path / "own.pt"
+    torch.save(prefixed(df.UNet.from_config(config).state_dict(), "ema_model."), path)
+    with pytest.raises(CheckpointError, match="own.pt holds no model"):
+        df.load(path, config=config, ema=False)
+
+
+def test_a_safetensors_of_ones_own_is_understood(tmp_path):
+    config = golden_config("seed_uncond")
+    state = df.UNet.from_config(config).state_dict()
+    save_file(prefixed(state, "module."), tmp_path / "own.safetensors")
+    net = df.load(tmp_path / "own.safetensors", config=config)
+    assert torch.equal(net.init_conv.weight, state["init_conv.weight"])
+    (tmp_path / "own.safetensors").write_bytes(b"no such thing")
+    with pytest.raises(CheckpointError, match="own.safetensors cannot be read"):
+        df.load(tmp_path / "own.safetensors", config=config)
+
+
+@pytest.mark.parametrize(("ema", "kept"), [(True, "ema"), (False, "model")])
+def test_of_a_checkpoint_with_both_the_averages_are_taken_unless_told_otherwise(
+    tmp_path, ema, kept
+):
+    config = golden_config("seed_uncond")
+    states = {name: df.UNet.from_config(config).state_dict() for name in ("model", "ema")}
+    torch.save(states, tmp_path / "both.pt")
+    net = df.load(tmp_path / "both.pt", config=config, ema=ema)
+    assert torch.equal(net.init_conv.weight, states[kept]["init_conv.weight"])
+
+
+def test_a_pth_with_a_class_bias_of_no_rows_or_unsound_betas_is_one_error(tmp_path):
+    state = torch.load(GOLDEN / "seed_classes.pth", weights_only=True)
+    path, biases = tmp_path / "a.pth", [n for n in state if n.endswith("class_bias.weight")]
+    for changes in (dict.fromkeys(biases, torch.tensor(1.0)), {"betas": torch.tensor([2.0])}):
+        torch.save({**state, **changes}, path)
+        for net in ({"config": golden_config("seed_classes")}, {"preset": "digits"}):
+            with pytest.raises(CheckpointError, match="a.pth") as caught:
+                df.load(path, **net)
+            assert "\n" not in str(caught.value)
+
+
+def test_the_runs_own_decay_is_its_first_average(tiny_run):
+    assert torch.equal(
+        df.load(tiny_run, ema=0.5).init_conv.weight, df.load(tiny_run).init_conv.weight
+    )
+
+
+def test_nothing_to_load_is_a_bad_argument_too(tmp_path):
+    for name in ("nowhere", ".", "nowhere.pth"):
+        with pytest.raises(CheckpointError) as caught:
+            df.load(tmp_path / name, preset="digits")
+        assert isinstance(caught.value, UsageError)
 
 
 def test_a_damaged_checkpoint_asked_for_by_name_is_an_error(run):

@@ -27,7 +27,7 @@ def test_every_public_name_loads_and_is_listed():
 def test_sample_images_keeps_the_contracts_defaults():
     contract = dict(
         net=EMPTY, proc=EMPTY, num_images=EMPTY, sampler="ddim", steps=None, eta=0.0,
-        spacing="leading", variance="fixed_large", clip=True, image_size=None, batch_size=64,
+        spacing="trailing", variance="fixed_large", clip=True, image_size=None, batch_size=64,
         y=None, recompute_eps=True, seed=0, first_index=0, x_T=None,
     )  # fmt: skip
     assert contract.items() <= defaults(df.sample_images).items()

@@ -6,6 +6,7 @@ cores), so there is nothing for a fused kernel to win; on a GPU not measured.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -25,7 +26,8 @@ def check_loss(kind: str) -> str:
 def distance(prediction: Tensor, target: Tensor, kind: str = "l2") -> Tensor:
     """Mean |d|, d^2, or Huber of width 1 ("l1", "l2", "huber") of d = prediction - target.
 
-    prediction, target  (N, C, H, W); compared in fp32
-    returns             () fp32
+    prediction, target  (N, C, H, W); compared in fp32, in fp64 for a prediction in it
+    returns             () of that dtype
     """
-    return _LOSSES[check_loss(kind)](prediction.float(), target.float())
+    dtype = torch.promote_types(torch.float32, prediction.dtype)
+    return _LOSSES[check_loss(kind)](prediction.to(dtype), target.to(dtype))

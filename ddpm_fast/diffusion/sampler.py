@@ -7,25 +7,44 @@ algorithm, and so other roundings, at another size.
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddpm_fast import ops
+from ddpm_fast.diffusion.arguments import LeftOut, as_float, as_int, positive
+from ddpm_fast.diffusion.compiling import CompiledNet, check_compile, pays
+from ddpm_fast.diffusion.nets import (
+    addresses,
+    attribute,
+    checked_classes,
+    copy_weights,
+    eval_mode,
+    held_weights,
+    image_shape,
+    in_dtype,
+    own_dtype,
+    prediction_of,
+    running_device,
+)
 from ddpm_fast.diffusion.process import Diffusion
-from ddpm_fast.diffusion.schedule import sampling_timesteps
-from ddpm_fast.errors import nearest
+from ddpm_fast.diffusion.sampler_checks import (
+    count_of,
+    guidance_of,
+    process_of,
+    start_of,
+    visited_timesteps,
+)
+from ddpm_fast.diffusion.schedule import low_start
+from ddpm_fast.errors import NotFinite
 from ddpm_fast.graphs import CapturedCall
 from ddpm_fast.kernels.philox import Stream
 from ddpm_fast.kernels.philox_counters import check_counters
 
-SAMPLERS = ("ddim", "ddpm")
-FIXED_VARIANCES = ("fixed_large", "fixed_small")  # the net predicts eps alone
-DDIM_STEPS = 50
+BATCH_SIZE = LeftOut(64)
 
 # (timestep, x_prev, x_0), after each step; the tensors are (batch_size, C, H, W)
 OnStep = Callable[[int, Tensor, Tensor], None]
@@ -33,18 +52,18 @@ OnStep = Callable[[int, Tensor, Tensor], None]
 
 def sample_images(
     net: Callable[..., Tensor],
-    proc: Diffusion,
+    proc: Diffusion | None,
     num_images: int,
     *,
     sampler: str = "ddim",
     steps: int | None = None,
     eta: float = 0.0,
-    spacing: str = "leading",
+    spacing: str = "trailing",
     variance: str = "fixed_large",
     clip: bool = True,
     image_size: int | tuple[int, int] | None = None,
     channels: int | None = None,
-    batch_size: int = 64,
+    batch_size: int = BATCH_SIZE,
     y: Tensor | None = None,
     guidance: float = 1.0,
     null_class: int | None = None,
@@ -54,18 +73,24 @@ def sample_images(
     x_T: Tensor | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    compile: str | bool = "auto",
     on_step: OnStep | None = None,
 ) -> Tensor:
     """Draw images.
 
-    net           a U-Net, or any f(x, t, y) -> eps; a module is run in eval mode
+    net           a U-Net, or any f(x, t, y) -> eps, or -> an object or dict that holds it as
+                  `sample`; a module is run in eval mode
+    proc          None: the one that the net was trained with (df.load's net.process)
     num_images    N >= 0
     sampler       "ddim" or "ddpm" (ancestral);  steps  None: 50 for ddim, T for ddpm
     eta           DDIM's share of noise, 0 = deterministic
-    spacing       "leading", "linspace", "trailing" or "quadratic"
+    spacing       "trailing" (from T - 1 down), "leading", "linspace" or "quadratic"
     variance      "fixed_large" or "fixed_small", for ddpm
-    clip          clamp each x_0 estimate to [-1, 1];  recompute_eps  see ops.posterior_step
-    image_size    pixels; None: the net's own;  channels  None: the net's own
+    clip          clamp each x_0 estimate to [-1, 1];  recompute_eps  DDIM's, see ops.posterior_step
+    image_size    pixels, one number or (H, W); None: the net's own;  channels  None: the net's own
+    batch_size    images at a time; the last batch is padded to it, so an image has the same bits
+                  for one batch_size, and 1e-4 of them change for another. Left out: 64, or
+                  num_images if that is less
     y             (N,) int64 classes, for a net that has them
     guidance      classifier-free: eps = u + guidance (eps(x, t, y) - u), u = eps(x, t, null_class),
                   the class that the net was trained to take for none; 1: eps(x, t, y) alone
@@ -73,41 +98,56 @@ def sample_images(
     x_T           (N, C, H, W) to start from instead of counted noise
     device        None: that of the net's parameters, else of x_T, else the CPU
     dtype         that the net is run in, such as torch.bfloat16; None: the net's own
+    compile       "auto": by torch.compile on CUDA, where the images are enough to repay it; "on",
+                  "off" (or True, False). Where it fails, a warning says so and the net runs as it
+                  is
     on_step       called after each step of each batch
-    returns       (N, C, H, W) fp32, clamped to [-1, 1] when clip
+    returns       (N, C, H, W) fp32, fp64 of a net in it; clamped to [-1, 1] when clip
     raises        ValueError naming the value and what is allowed
+                  NotFinite  the net's output was infinite or NaN: its step and the images
+    warns         of a proc that is not the net's own; of timesteps that begin below 0.9 T
     source        Ho et al. 2020, algorithm 2; Song et al. 2020, eq. 12; Ho & Salimans 2022, eq. 6
 
     Called again and again for one net, a :class:`Sampler` saves the preparation.
     """
+    num_images = count_of(num_images)
+    if batch_size is BATCH_SIZE:
+        batch_size = max(1, min(BATCH_SIZE, num_images))
+    x_T = start_of(x_T)
     draw = Sampler(
         net, proc, sampler=sampler, steps=steps, eta=eta, spacing=spacing, variance=variance,
         clip=clip, batch_size=batch_size, guidance=guidance, null_class=null_class,
-        recompute_eps=recompute_eps, shape=_image_shape(net, x_T, image_size, channels),
-        device=_device(net, x_T, device), dtype=dtype,
+        recompute_eps=recompute_eps, shape=image_shape(net, x_T, image_size, channels),
+        device=running_device(net, x_T, device), dtype=dtype, compile=compile,
     )  # fmt: skip
-    return draw(num_images, y=y, seed=seed, first_index=first_index, x_T=x_T, on_step=on_step)
+    images = draw(num_images, y=y, seed=seed, first_index=first_index, x_T=x_T, on_step=on_step)
+    draw.check_finite()
+    return images
 
 
 class Sampler:
     """Draws batches of images through buffers that keep their addresses.
 
     On CUDA a step (the net and the update) is captured once and replayed for all steps of all
-    batches; the timesteps and their number lie on the device, and nothing waits for it.
+    batches; the timesteps and their number lie on the device, and nothing waits for it: see
+    `check_finite`. What changes in the net's weights between two calls counts in the second, also
+    for a net that is run in another dtype.
 
-    shape   (C, H, W); None: the net's own.  The other arguments are those of sample_images
+    shape   (C, H, W); None: the net's own.  The other arguments are those of sample_images, but
+            batch_size, which is 64 for any number of images
+    compile "auto" goes by the images of one call
     raises  ValueError naming the value and what is allowed
     """
 
     def __init__(
         self,
         net: Callable[..., Tensor],
-        proc: Diffusion,
+        proc: Diffusion | None = None,
         *,
         sampler: str = "ddim",
         steps: int | None = None,
         eta: float = 0.0,
-        spacing: str = "leading",
+        spacing: str = "trailing",
         variance: str = "fixed_large",
         clip: bool = True,
         batch_size: int = 64,
@@ -117,41 +157,53 @@ class Sampler:
         shape: tuple[int, int, int] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        compile: str | bool = "auto",
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} must be at least 1")
-        if not math.isfinite(guidance):
-            raise ValueError(f"guidance={guidance} must be finite")
-        if (guidance != 1) != (null_class is not None):
-            raise ValueError(
-                f"guidance={guidance} with null_class={null_class}: a guidance other than 1 needs "
-                "the class that stands for none, and only it does"
-            )
-        self.times = _timesteps(proc, sampler, steps, spacing, variance, eta)
-        self.net, self.batch_size, self.clip = _in_dtype(net, dtype), batch_size, clip
-        self.shape = _image_shape(net, None, None, None) if shape is None else shape
-        self.device = device = _device(net, None, device)
+        proc = process_of(net, proc)
+        self._compile = check_compile(compile)
+        self.batch_size, self.clip = positive("batch_size", batch_size), clip
+        eta = as_float("eta", eta, "from 0 to 1")
+        guidance, null_class = guidance_of(net, guidance, null_class)
+        self.times = visited_timesteps(proc, sampler, steps, spacing, variance, eta, recompute_eps)
+        self._low_start = low_start(proc.num_timesteps, self.times, spacing)
+        if shape is None:
+            self.shape = image_shape(net, None, None, None)
+        else:
+            self.shape = tuple(positive("shape entry", size) for size in shape)
+            if len(self.shape) != 3:
+                raise ValueError(f"shape={self.shape} must be (C, H, W)")
+        self.device = running_device(net, None, device)
+        self._dtype = dtype or own_dtype(net) or torch.float32
+        self._table = proc.table(self.device)
+        self._source = net
+        with torch.inference_mode(False):  # or they could not be written to outside of it
+            self.net = in_dtype(net, dtype)
+            self._make_buffers(null_class)
+        self._forward: Callable[..., Tensor] = self.net
         self._update = {
             "eta": eta if sampler == "ddim" else None, "variance": variance, "clip": clip,
             "recompute_eps": recompute_eps, "guidance": guidance,
         }  # fmt: skip
-        self._table = proc.table(device)
+        self._capture_anew()
+
+    def _make_buffers(self, null_class: int | None) -> None:
+        device, size = self.device, self.batch_size
         self._visited = torch.tensor([*self.times, -1], device=device)
         self._at = torch.zeros(1, dtype=torch.int64, device=device)  # in self._visited
         self._seed, self._first_index = torch.zeros(2, dtype=torch.int64, device=device).unbind()
+        exact = torch.float64 if self._dtype == torch.float64 else torch.float32
         layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
         self._x, self._x_0 = (
-            torch.empty(batch_size, *self.shape, device=device).to(memory_format=layout)
+            torch.empty(size, *self.shape, dtype=exact, device=device).to(memory_format=layout)
             for _ in range(2)
         )
-        self._dtype = dtype or torch.float32
-        self._input = self._x if dtype is None else self._x.to(dtype)  # what the net sees
-        self._y = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self._input = self._x.to(self._dtype)  # what the net sees
+        self._y = torch.zeros(size, dtype=torch.int64, device=device)
         self._null = None if null_class is None else torch.full_like(self._y, null_class)
-        self._steps = {
-            has_classes: CapturedCall(step, device)
-            for has_classes, step in ((False, self._step), (True, self._step_of_classes))
-        }
+        # Of each image, of the batch and of the last call: the timestep at which a value was first
+        # not finite, or -1.
+        self._failed = torch.full_like(self._y, -1)
+        self._all_failed, self._first = self._failed[:0], 0
 
     def __call__(
         self,
@@ -163,39 +215,120 @@ class Sampler:
         x_T: Tensor | None = None,
         on_step: OnStep | None = None,
     ) -> Tensor:
-        """Draw num_images; arguments and result as sample_images'."""
-        if num_images < 0:
-            raise ValueError(f"num_images={num_images} must not be negative")
-        for name, given in (("y", y), ("x_T", x_T)):
-            if given is not None and given.shape[0] != num_images:
-                raise ValueError(
-                    f"{name} has {given.shape[0]} rows, must be num_images={num_images}"
-                )
-        if self._null is not None and y is None:
-            raise ValueError("guidance is between classes and none: give y, (N,) int64")
+        """Draw num_images; arguments and result as sample_images', but for `check_finite`."""
+        num_images = count_of(num_images)
+        seed = as_int("seed", seed, "an int, 0 <= seed < 2**63")
+        first_index = as_int("first_index", first_index, "an int, 0 <= first_index < 2**32")
+        y, x_T = self._classes(y, num_images), self._starts(x_T, num_images)
         check_counters(
             seed=seed, stream=Stream.SAMPLER_START, step=0, first_index=first_index,
             samples=num_images, elements=math.prod(self.shape),
         )  # fmt: skip
-        images = torch.empty((num_images, *self.shape), device=self.device)
-        with torch.inference_mode(), _eval_mode(self.net):
-            self._seed.fill_(seed)
-            for start in range(0, num_images, self.batch_size):
-                rows = slice(start, start + self.batch_size)
-                # No image has a number from 2^32 on: the last batch is padded in front, too.
-                ahead = max(0, first_index + start + self.batch_size - 2**32)
-                number = first_index + start - ahead
-                self._start(None if x_T is None else x_T[rows], seed, number, ahead)
-                if y is not None:
-                    self._y.copy_(_pad(y[rows].to(self.device), self.batch_size, ahead))
-                self._denoise(y is not None, on_step)
-                images[rows] = self._x[ahead : ahead + images[rows].shape[0]]
-        return images.clamp(-1, 1) if self.clip else images
+        if x_T is None and self._low_start is not None:
+            warnings.warn(self._low_start, stacklevel=2)
+        # No inference tensors: a net that guides itself differentiates its input.
+        with torch.inference_mode(False), torch.no_grad(), eval_mode(self.net):
+            self._follow_net(num_images)
+            with held_weights(self.net):
+                images = self._draw(num_images, y, seed, first_index, x_T, on_step)
+            return images.clamp(-1, 1) if self.clip else images
+
+    def _draw(
+        self, num_images: int, y: Tensor | None, seed: int, first_index: int, x_T: Tensor | None,
+        on_step: OnStep | None,
+    ) -> Tensor:  # fmt: skip
+        """Batch by batch; (N, C, H, W), not clamped."""
+        images = self._x.new_empty((num_images, *self.shape))
+        self._all_failed = failed = self._failed.new_full((num_images,), -1)
+        self._first = first_index
+        self._seed.fill_(seed)
+        for start in range(0, num_images, self.batch_size):
+            rows = slice(start, start + self.batch_size)
+            # No image has a number from 2^32 on: the last batch is padded in front, too.
+            ahead = max(0, first_index + start + self.batch_size - 2**32)
+            number = first_index + start - ahead
+            self._start(None if x_T is None else x_T[rows], seed, number, ahead)
+            if y is not None:
+                self._y.copy_(_pad(y[rows].to(self.device), self.batch_size, ahead))
+            self._denoise(y is not None, on_step)
+            drawn = slice(ahead, ahead + images[rows].shape[0])
+            images[rows] = self._x[drawn]
+            failed[rows] = self._failed[drawn]
+        return images
+
+    def check_finite(self) -> None:
+        """Raise NotFinite where the net's output was infinite or NaN in the last call.
+
+        It names the first such timestep and the images. Waits for the device.
+        """
+        at = self._all_failed.cpu()
+        if not (bad := (at >= 0).nonzero().flatten()).numel():
+            return
+        numbers = (bad + self._first).tolist()
+        named = ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
+        images = f"image {named}" if len(numbers) == 1 else f"{len(numbers)} images: {named}"
+        raise NotFinite(
+            f"the net's output is not finite (infinite or NaN) at timestep {int(at.max())} for "
+            f"{images}"
+        )
 
     @property
     def why_no_graph(self) -> str | None:
         """Why a step is launched anew each time; None: it is one graph, or was not called yet."""
         return self._steps[False].why_not or self._steps[True].why_not
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the net runs by torch.compile, as far as it was called."""
+        return isinstance(self._forward, CompiledNet) and self._forward.why_not is None
+
+    def _capture_anew(self) -> None:
+        """Forget the graphs: the next calls warm up, and capture what is there then."""
+        self._steps = {
+            has_classes: CapturedCall(step, self.device)
+            for has_classes, step in ((False, self._step), (True, self._step_of_classes))
+        }
+        self._captured_from = addresses(self.net, self.device)
+
+    def _follow_net(self, num_images: int) -> None:
+        """Compile where `num_images` repay it; take over weights that changed since the last
+        call, also those that lie elsewhere now."""
+        pixels = num_images * len(self.times) * math.prod(self.shape[1:])
+        if self._forward is self.net and pays(self._compile, self.device, pixels):
+            self._forward = CompiledNet(self.net)
+            self._capture_anew()
+        if self.net is not self._source:
+            copy_weights(self._source, self.net)
+        elif addresses(self.net, self.device) != self._captured_from:
+            self._capture_anew()
+
+    def _classes(self, y: Tensor | None, num_images: int) -> Tensor | None:
+        """(N,) int64, or None; ValueError for what the net cannot take."""
+        if self._null is not None and y is None:
+            raise ValueError("guidance is between classes and none: give y, (N,) int64")
+        y = checked_classes(self._source, y)
+        if y is None:
+            return None
+        if len(y) != num_images:
+            raise ValueError(f"y has {len(y)} rows, must be num_images={num_images}")
+        classes = attribute(self._source, "num_classes")
+        if classes is not None and y.device.type == "cpu" and num_images:
+            for label in (int(y.min()), int(y.max())):
+                if not 0 <= label < classes:
+                    raise ValueError(f"y holds class {label}, must be from 0 to {classes - 1}")
+        return y
+
+    def _starts(self, x_T: Tensor | None, num_images: int) -> Tensor | None:
+        """x_T; ValueError for another shape than the images'."""
+        x_T = start_of(x_T)
+        if x_T is None:
+            return None
+        if len(x_T) != num_images:
+            raise ValueError(f"x_T has {len(x_T)} rows, must be num_images={num_images}")
+        if tuple(x_T.shape[1:]) != self.shape:
+            wanted = (num_images, *self.shape)
+            raise ValueError(f"x_T has shape {tuple(x_T.shape)}, must be {wanted}")
+        return x_T
 
     def _start(self, x_T: Tensor | None, seed: int, first_index: int, ahead: int) -> None:
         """Fill the buffers for the batch that begins with image `first_index`; x_T's are `ahead`
@@ -211,6 +344,7 @@ class Sampler:
         self._input.copy_(self._x)
         self._first_index.fill_(first_index)
         self._at.zero_()
+        self._failed.fill_(-1)
 
     def _denoise(self, has_classes: bool, on_step: OnStep | None) -> None:
         step = self._steps[has_classes]
@@ -218,6 +352,7 @@ class Sampler:
             step()
             if on_step is not None:
                 on_step(t, self._x.clone(), self._x_0.clone())
+        self._note_failures(self._x, self._visited[-2:-1])  # what the update made of finite outputs
 
     def _step_of_classes(self) -> None:
         self._step(self._y)
@@ -228,6 +363,8 @@ class Sampler:
         times = t.expand(self.batch_size).contiguous()
         eps = self._predicted(times, *y)
         u = None if self._null is None else self._predicted(times, self._null)
+        for output in (eps,) if u is None else (eps, u):
+            self._note_failures(output, t)
         low_precision = self._input is not self._x
         ops.posterior_step(
             self._x, eps, t[0], self._table, t_prev=t_prev[0], unconditional=u, seed=self._seed,
@@ -239,63 +376,15 @@ class Sampler:
         self._at += 1
 
     def _predicted(self, times: Tensor, *y: Tensor) -> Tensor:
-        eps = self.net(self._input, times, *y)
-        given = eps.untyped_storage().data_ptr() == self._x.untyped_storage().data_ptr()
+        eps = prediction_of(self._forward(self._input, times, *y))
+        buffers = {b.untyped_storage().data_ptr() for b in (self._x, self._input)}
+        given = eps.untyped_storage().data_ptr() in buffers
         return eps.clone() if given else eps  # a net that returns what it was given
 
-
-def _timesteps(
-    proc: Diffusion, sampler: str, steps: int | None, spacing: str, variance: str, eta: float
-) -> list[int]:
-    """The timesteps visited, most noise first."""
-    if sampler not in SAMPLERS:
-        raise ValueError(
-            f"sampler={sampler!r}{nearest(sampler, SAMPLERS)} must be one of {', '.join(SAMPLERS)}"
-        )
-    if variance not in FIXED_VARIANCES:
-        raise ValueError(f"variance={variance!r} must be one of {', '.join(FIXED_VARIANCES)}")
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta={eta} must be from 0 to 1")
-    if steps is None:
-        steps = min(DDIM_STEPS, proc.num_timesteps) if sampler == "ddim" else proc.num_timesteps
-    return sampling_timesteps(proc.num_timesteps, steps, spacing)
-
-
-def _in_dtype(net: Callable[..., Tensor], dtype: torch.dtype | None) -> Callable[..., Tensor]:
-    """The net itself, or a copy of a module in another dtype."""
-    if dtype is None or not isinstance(net, nn.Module):
-        return net
-    return copy.deepcopy(net).to(dtype)
-
-
-def _device(
-    net: Callable[..., Tensor], x_T: Tensor | None, device: torch.device | str | None
-) -> torch.device:
-    if device is not None:
-        return torch.device(device)
-    if isinstance(net, nn.Module):
-        for parameter in net.parameters():
-            return parameter.device
-    return torch.device("cpu") if x_T is None else x_T.device
-
-
-def _image_shape(
-    net: Callable[..., Tensor],
-    x_T: Tensor | None,
-    image_size: int | tuple[int, int] | None,
-    channels: int | None,
-) -> tuple[int, int, int]:
-    """(C, H, W) from x_T, else from what was given, else from the net."""
-    if x_T is not None:
-        if x_T.ndim != 4:
-            raise ValueError(f"x_T has shape {tuple(x_T.shape)}, must be (N, C, H, W)")
-        return tuple(x_T.shape[1:])
-    size = getattr(net, "image_size", None) if image_size is None else image_size
-    channels = getattr(net, "img_channels", None) if channels is None else channels
-    if size is None or channels is None:
-        raise ValueError("image_size and channels are unknown: give both, or x_T (N, C, H, W)")
-    height, width = (size, size) if isinstance(size, int) else size
-    return channels, height, width
+    def _note_failures(self, values: Tensor, t: Tensor) -> None:
+        """Remember t for images of which a value is not finite; NaN is the largest of any."""
+        first = ~values.abs().amax(dim=(1, 2, 3)).isfinite() & (self._failed < 0)
+        self._failed.copy_(torch.where(first, t, self._failed))
 
 
 def _pad(rows: Tensor, batch_size: int, ahead: int) -> Tensor:
@@ -305,17 +394,3 @@ def _pad(rows: Tensor, batch_size: int, ahead: int) -> Tensor:
         return rows
     size = rows.shape[1:]
     return torch.cat((rows[:1].expand(ahead, *size), rows, rows[-1:].expand(behind, *size)))
-
-
-@contextmanager
-def _eval_mode(net: Callable[..., Tensor]) -> Iterator[None]:
-    """No dropout while sampling; each module's mode comes back afterwards."""
-    modules = list(net.modules()) if isinstance(net, nn.Module) else []
-    modes = [module.training for module in modules]
-    if any(modes):
-        net.eval()
-    try:
-        yield
-    finally:
-        for module, training in zip(modules, modes, strict=True):
-            module.training = training

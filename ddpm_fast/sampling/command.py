@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import math
+import sys
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +21,9 @@ from rich.console import Console
 from rich.progress import track
 
 from ddpm_fast.device import is_out_of_memory
-from ddpm_fast.diffusion.sampler import DDIM_STEPS, OnStep, Sampler
+from ddpm_fast.diffusion.compiling import pays
+from ddpm_fast.diffusion.sampler import OnStep, Sampler
+from ddpm_fast.diffusion.sampler_checks import default_steps
 from ddpm_fast.distributed import (
     World,
     join,
@@ -25,14 +31,16 @@ from ddpm_fast.distributed import (
     rank_device,
     told_if_rank_lost,
 )
-from ddpm_fast.errors import Failure, UsageError
+from ddpm_fast.errors import Failure, UsageError, nearest
 from ddpm_fast.images import grid, grid_scale, save_gif, save_png, to_uint8
 from ddpm_fast.loading import Trained, load_trained
-from ddpm_fast.sampling.folder import SampleFolder
+from ddpm_fast.sampling.folder import COLOUR_TYPES, SampleFolder
 from ddpm_fast.sampling.options import PROG, SampleOptions
 
 GO_ON = "the same command goes on with the images that are missing"
-ON_A_PAGE = 64  # images of grid.png
+GRID, GIF = "grid.png", "denoising.gif"
+NAMES_SHOWN = 20  # of the classes, in a message
+ON_A_PAGE = 64  # images of the grid
 IN_THE_GIF = 16
 GIF_FRAMES = 40  # most frames before the last
 WRITERS = 4  # threads that make PNGs; one makes some 850 small images a second
@@ -49,27 +57,45 @@ def draw(options: SampleOptions) -> None:
     """
     device = rank_device(options.device)
     when = lambda: f"while {options.num_images} images were drawn"  # noqa: E731
-    with left_at_once_if_rank_lost(PROG), told_if_rank_lost(PROG, when, GO_ON):
+    with (
+        left_at_once_if_rank_lost(PROG),
+        told_if_rank_lost(PROG, when, GO_ON),
+        _warnings_as_lines(),
+    ):
         world = join(device, timeout_s=options.timeout)
         _draw(options, device, world)
         world.leave()
+
+
+@contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """Each once, on stderr."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda text, *_: print(
+            f"warning: {' '.join(str(text).split())}", file=sys.stderr
+        )
+        yield
 
 
 def _draw(options: SampleOptions, device: torch.device, world: World) -> None:
     trained = _load(options, device, world)
     world.together(lambda: _check(options, trained))
     dtype = _dtype(options, device)
-    precision = "fp32" if dtype is None else "bf16"
-    identity = {**options.identity(), "precision": precision, "weights": _fingerprint(trained)}
     folder = world.chief_first(
-        lambda: SampleFolder(Path(options.out), identity, first=world.is_chief)
-    )
+        lambda: SampleFolder(
+            Path(options.out), _identity(options, trained, dtype), shape=_shape(trained),
+            pages=_pages(options), first=world.is_chief,
+        )
+    )  # fmt: skip
     console = Console(highlight=False, soft_wrap=True, quiet=not world.is_chief)
     start = time.perf_counter()
     batches = world.from_chief(lambda: _missing_batches(options, folder))
     share = [range(*batch) for batch in batches[world.rank :: world.size]]
+    compiles = pays(options.compile, device, _pixels(options, trained, share))
+    if compiles and share:
+        console.print("compiling: the first batch takes up to some minutes")
     with _told_if_it_does_not_fit(options, trained, dtype, device):
-        sampler = _sampler(options, trained, dtype)
+        sampler = _sampler(options, trained, dtype, compiles=compiles)
         own = _draw_share(options, trained, sampler, folder, share, console)
     drawn = sum(world.gather(own))
     seconds = time.perf_counter() - start
@@ -79,6 +105,37 @@ def _draw(options: SampleOptions, device: torch.device, world: World) -> None:
     )
     if world.is_chief:
         _write_extras(options, trained, folder, sampler, console)
+
+
+def _identity(
+    options: SampleOptions, trained: Trained, dtype: torch.dtype | None
+) -> dict[str, Any]:
+    """What the pixels in a folder depend on."""
+    classes = _class_numbers(options, trained) if options.classes else []
+    return {
+        **options.identity(_steps(options, trained), classes),
+        "precision": "fp32" if dtype is None else "bf16",
+        "weights": _fingerprint(trained),
+    }
+
+
+def _pages(options: SampleOptions) -> list[str]:
+    return [name for name, asked in ((GRID, options.grid), (GIF, options.gif)) if asked]
+
+
+def _shape(trained: Trained) -> tuple[int, int, int]:
+    """(C, H, W) of an image."""
+    return trained.net.img_channels, trained.net.image_size, trained.net.image_size
+
+
+def _steps(options: SampleOptions, trained: Trained) -> int:
+    return options.steps or default_steps(options.sampler, trained.proc.num_timesteps)
+
+
+def _pixels(options: SampleOptions, trained: Trained, share: list[range]) -> int:
+    """Of all images of these batches, times the network calls of each."""
+    images = options.images_at_a_time * len(share)
+    return images * _steps(options, trained) * math.prod(_shape(trained)[1:])
 
 
 @contextmanager
@@ -191,7 +248,9 @@ def _dtype(options: SampleOptions, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if bf16 else None
 
 
-def _sampler(options: SampleOptions, trained: Trained, dtype: torch.dtype | None) -> Sampler:
+def _sampler(
+    options: SampleOptions, trained: Trained, dtype: torch.dtype | None, *, compiles: bool = False
+) -> Sampler:
     return Sampler(
         trained.net,
         trained.proc,
@@ -203,6 +262,7 @@ def _sampler(options: SampleOptions, trained: Trained, dtype: torch.dtype | None
         clip=options.clip,
         batch_size=options.images_at_a_time,
         dtype=dtype,
+        compile=compiles,
     )
 
 
@@ -213,21 +273,44 @@ def _sample(
     numbers: range,
     on_step: OnStep | None = None,
 ) -> torch.Tensor:
-    """The images `numbers`: (N, C, H, W) in [-1, 1]."""
-    return sampler(
+    """The images `numbers`: (N, C, H, W) in [-1, 1]; NotFinite where the net's output is not."""
+    images = sampler(
         len(numbers),
         y=_classes(options, trained, numbers),
         seed=options.seed,
         first_index=numbers.start,
         on_step=on_step,
     )
+    sampler.check_finite()
+    return images
 
 
 def _classes(options: SampleOptions, trained: Trained, numbers: range) -> torch.Tensor | None:
     if trained.net.num_classes is None:
         return None
-    cycle = options.classes or range(trained.net.num_classes)
+    cycle = _class_numbers(options, trained)
     return torch.tensor([cycle[n % len(cycle)] for n in numbers])
+
+
+def _class_numbers(options: SampleOptions, trained: Trained) -> Sequence[int]:
+    """The classes to draw in turn: names as the run kept them, else numbers; all if none is given.
+
+    raises  UsageError  a word that is neither
+    """
+    classes, names = trained.net.num_classes or 0, trained.class_names
+    numbers = []
+    for word in options.classes:
+        if word in names:
+            numbers.append(names.index(word))
+        elif word.isdecimal() and len(word) < 10 and int(word) < classes:
+            numbers.append(int(word))
+        else:
+            rule = f"must be from 0 to {classes - 1}"
+            if names and not word.removeprefix("-").isdecimal():
+                shown = ", ".join(names[:NAMES_SHOWN]) + ", ..." * (classes > NAMES_SHOWN)
+                rule = f"{rule}, or of {shown}{nearest(word, names)}"
+            raise UsageError(f"--classes holds {word}, {rule}")
+    return numbers or range(classes)
 
 
 def _write_extras(
@@ -239,11 +322,11 @@ def _write_extras(
 ) -> None:
     if options.grid:
         page = folder.read(range(min(options.num_images, ON_A_PAGE)))
-        path = folder.path / "grid.png"
+        path = folder.page(GRID)
         save_png(path, grid(page, scale=grid_scale(page.shape[1])))
         console.print(f"grid         {path}", markup=False)
     if options.gif:
-        path = folder.path / "denoising.gif"
+        path = folder.page(GIF)
         save_gif(path, _denoising(options, trained, sampler))
         console.print(f"animation    {path}", markup=False)
     if options.npz:
@@ -254,8 +337,7 @@ def _write_extras(
 def _denoising(options: SampleOptions, trained: Trained, sampler: Sampler) -> list[np.ndarray]:
     """Pages of the first images after evenly chosen steps; the last page is the result."""
     numbers = range(min(options.num_images, IN_THE_GIF, options.images_at_a_time))
-    most = DDIM_STEPS if options.sampler == "ddim" else trained.proc.num_timesteps
-    steps = options.steps or min(most, trained.proc.num_timesteps)
+    steps = _steps(options, trained)
     every = -(-steps // GIF_FRAMES)
     pages: list[np.ndarray] = []
     seen = 0
@@ -273,16 +355,23 @@ def _denoising(options: SampleOptions, trained: Trained, sampler: Sampler) -> li
 
 def _check(options: SampleOptions, trained: Trained) -> None:
     """UsageError for options that this net cannot follow."""
-    classes, timesteps = trained.net.num_classes, trained.proc.num_timesteps
-    if options.classes and classes is None:
-        raise UsageError(f"--classes {options.classes}, but {trained.path} has no classes")
-    for label in options.classes:
-        if not 0 <= label < (classes or 0):
-            raise UsageError(f"--classes holds {label}, must be from 0 to {classes - 1}")
+    if trained.proc is None:
+        raise UsageError(
+            f"{trained.path} holds no betas, so its noise schedule is not known: in Python, "
+            "sample_images(load(path, preset=...), Diffusion(...), n) takes one"
+        )
+    timesteps, channels = trained.proc.num_timesteps, trained.net.img_channels
+    if options.classes and trained.net.num_classes is None:
+        raise UsageError(
+            f"--classes {','.join(options.classes)}, but {trained.path} has no classes"
+        )
+    _class_numbers(options, trained)
     if options.steps is not None and options.steps > timesteps:
         raise UsageError(f"--steps {options.steps} must be at most the net's {timesteps} timesteps")
     if trained.net.image_size is None:
         raise UsageError(f"{trained.path} does not say its image size; load it with df.load")
+    if channels not in COLOUR_TYPES:
+        raise UsageError(f"{trained.path} draws {channels} channels, a PNG holds 1 to 4")
 
 
 def _fingerprint(trained: Trained) -> str:

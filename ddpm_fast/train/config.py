@@ -21,6 +21,7 @@ from ddpm_fast.values import check_ranges, make_plain, shown
 
 PROG = "python -m ddpm_fast.train"
 CONFIG_NAME = "config.json"
+MOST_SAMPLES = 2**16  # a page of 256 x 256 images
 MOST_PROFILED = 1000  # steps: each is some thousand events in memory and in the trace
 _ON_OFF = {True: "on", False: "off"}
 MOST_STEPS, MOST_CHANNELS = 2**31 - 1, 2**14
@@ -50,7 +51,7 @@ RANGES = {
     "timeout": (0.1, 1e7),
     "log_every": (1, MOST_STEPS),
     "sample_every": (0, MOST_STEPS),
-    "sample_images": (1, 2**12),
+    "sample_images": (1, MOST_SAMPLES),
     "sample_steps": (1, 10**6),
     "checkpoint_every": (0, MOST_STEPS),
     "keep_checkpoints": (1, MOST_STEPS),

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from ddpm_fast.device import is_out_of_memory
 from ddpm_fast.distributed import told_if_rank_lost
-from ddpm_fast.errors import Failure
+from ddpm_fast.errors import Failure, NotFinite
 from ddpm_fast.train.config import PROG
 from ddpm_fast.train.memory import advice
 from ddpm_fast.train.step import TrainStep
@@ -51,11 +51,13 @@ def told_if_the_net_does_not_fit() -> Iterator[None]:
 
 @contextmanager
 def told_if_only_a_grid_fails(step: int, say: Callable[[str], None]) -> Iterator[None]:
-    """A sample grid that does not fit or cannot be written is a warning: training goes on."""
+    """A sample grid that does not fit, is not finite or cannot be written is a warning, no more."""
     try:
         yield
     except OSError as error:
         say(f"warning: no sample grid of step {step}: {error.strerror or error}")
+    except NotFinite as error:
+        say(f"warning: no sample grid of step {step}: {error}")
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise

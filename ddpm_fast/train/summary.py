@@ -7,6 +7,7 @@ import torch
 from ddpm_fast import checkpoint
 from ddpm_fast.data import ImageSet
 from ddpm_fast.diffusion.sampler import sample_images
+from ddpm_fast.errors import NotFinite
 from ddpm_fast.kernels.impl import runs_interpreted
 from ddpm_fast.metrics import area_features, frechet_distance
 from ddpm_fast.train.progress import Display, Measured
@@ -54,18 +55,19 @@ def digits_distance(train_step: TrainStep, images: ImageSet) -> float | None:
     None where they are not finite.
     """
     classes = train_step.net.num_classes
-    with train_step.autocast():
-        samples = sample_images(
-            train_step.ema.net,
-            train_step.proc,
-            DIGITS_JUDGED,
-            steps=min(50, train_step.proc.num_timesteps),
-            batch_size=100,
-            y=None if classes is None else torch.arange(DIGITS_JUDGED) % classes,
-            seed=train_step.config.seed,
-            first_index=JUDGED_FROM,
-        )
-    if not samples.isfinite().all():
+    try:
+        with train_step.autocast():
+            samples = sample_images(
+                train_step.ema.net,
+                train_step.proc,
+                DIGITS_JUDGED,
+                steps=min(50, train_step.proc.num_timesteps),
+                batch_size=100,
+                y=None if classes is None else torch.arange(DIGITS_JUDGED) % classes,
+                seed=train_step.config.seed,
+                first_index=JUDGED_FROM,
+            )
+    except NotFinite:
         return None
     real = torch.from_numpy(images.images[:]).float() / 127.5 - 1
     return frechet_distance(area_features(samples), area_features(real))

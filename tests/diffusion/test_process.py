@@ -1,3 +1,7 @@
+import copy
+import json
+
+import numpy as np
 import pytest
 import torch
 
@@ -60,6 +64,124 @@ def test_rows_of_a_resident_set_are_noised_as_the_images_they_name():
     for x_0, given in ((images, rows), (images[rows].float() / 127.5 - 1, None)):
         proc.loss(net, x_0, rows=given, seed=1, step=2, flip=True)
     assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+
+
+def draws_of(proc, **options):
+    """(x_t, t) that a net is given by one call of loss."""
+    seen = []
+
+    def net(x_t, t, y):
+        seen.append((x_t, t))
+        return x_t
+
+    proc.loss(net, torch.zeros(4, 1, 4, 4), **options)
+    return seen[0]
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_a_loss_without_a_step_is_fresh_at_each_call():
+    """The calls are counted by the process; a step that is given, 0 too, is a function of it."""
+    proc, seed = df.Diffusion(), {"seed": 3}
+    fresh = [draws_of(proc, **seed) for _ in range(3)]
+    assert not any(same(a, b) for a, b in zip(fresh, [*fresh[1:], fresh[0]], strict=True))
+    for step, drawn in enumerate(fresh):
+        assert same(drawn, draws_of(proc, step=step, **seed))
+    assert same(draws_of(proc, step=0), draws_of(proc, step=0))
+    again = copy.deepcopy(proc)
+    assert same(draws_of(again), draws_of(proc)) and not same(draws_of(again), fresh[0])
+
+
+def test_q_sample_without_seed_and_step_is_fresh_at_each_call():
+    proc, x_0, t = df.Diffusion(), torch.zeros(2, 1, 4, 4), torch.tensor([5, 9])
+    first, second = (proc.q_sample(x_0, t)[1] for _ in range(2))
+    assert not torch.equal(first, second)
+    assert torch.equal(second, proc.q_sample(x_0, t, seed=0, step=1)[1])
+    assert torch.equal(first, proc.q_sample(x_0, t, seed=0)[1])
+
+
+def test_each_rank_has_its_own_samples_in_a_loss_without_a_step(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    for rank in range(2):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        drawn.append(draws_of(df.Diffusion()))
+    assert not same(*drawn)
+    assert same(drawn[1], draws_of(df.Diffusion(), step=0, first_index=4))
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_a_loss_is_one_compiled_graph(counted):
+    """As a compiled step calls it; what the process counts is counted there too."""
+    proc, seen = df.Diffusion(), []
+
+    def loss(x_0, step):
+        given = {} if counted else {"step": step}
+        return proc.loss(lambda x, t, y: 0.5 * x, x_0, **given)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    x_0 = torch.zeros(2, 1, 4, 4)
+    for step in range(3):
+        seen.append(compiled(x_0, torch.tensor(step)).item())
+        expected = df.Diffusion().loss(lambda x, t, y: 0.5 * x, x_0, step=step)
+        assert seen[-1] == pytest.approx(expected.item(), rel=1e-6)
+    assert len(set(seen)) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("given", [torch.uint8, torch.float32])
+def test_a_module_gets_noisy_images_in_its_own_dtype(dtype, given):
+    net = torch.nn.Conv2d(1, 1, 3, padding=1)
+    x_0 = torch.randint(0, 256, (4, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+    x_0 = x_0.to(torch.uint8) if given == torch.uint8 else x_0 / 127.5 - 1
+    call = Call(net)
+    full = df.Diffusion().loss(call, x_0, step=1)
+    low = df.Diffusion().loss(call.to(dtype), x_0, step=1)
+    assert call.seen == [torch.float32, dtype]
+    assert low.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert low.item() == pytest.approx(full.item(), rel=0.02)
+    with torch.autocast("cpu", torch.bfloat16):
+        df.Diffusion().loss(call.float(), x_0.bfloat16() if given != torch.uint8 else x_0, step=1)
+
+
+class Call(torch.nn.Module):
+    """f(x, t, y) of a module of x; notes the dtypes it is given."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.seen = net, []
+
+    def forward(self, x, t, y):
+        self.seen.append(x.dtype)
+        return self.net(x)
+
+
+def test_a_process_keeps_its_own_copy_of_given_betas():
+    given = torch.linspace(0.1, 0.2, 10, dtype=torch.float64)
+    proc = df.Diffusion.from_betas(given)
+    before = proc.betas.clone()
+    given.fill_(0.5)
+    assert torch.equal(proc.betas, before)
+    for other in (before.tolist(), before.numpy(), before.float()):
+        assert df.Diffusion.from_betas(other).matches(proc)
+
+
+def test_numbers_of_numpy_make_a_process_that_can_be_saved():
+    proc = df.Diffusion("linear", np.int64(200), low=np.float32(1e-3), high=torch.tensor(0.02))
+    again = df.Diffusion(**json.loads(json.dumps(proc.to_json())))
+    assert torch.equal(again.betas, proc.betas)
+    x_0 = torch.zeros(2, 1, 4, 4)
+    assert torch.equal(
+        proc.loss(
+            lambda x, t, y: x, x_0, step=np.int64(3), seed=np.int32(2), first_index=np.int8(1)
+        ),
+        proc.loss(lambda x, t, y: x, x_0, step=3, seed=2, first_index=1),
+    )
+    for bad in (2.5, True, "7", None):
+        with pytest.raises(ValueError, match=f"num_timesteps={bad!r}"):
+            df.Diffusion(num_timesteps=bad)
 
 
 def test_timesteps_are_uniform():

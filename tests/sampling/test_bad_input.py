@@ -39,6 +39,9 @@ def refuses(tmp_path, refused, tiny_run):
         ("--eta 1.5", "eta=1.5 must be from 0 to 1"),
         ("--eta nan", "eta=nan must be from 0 to 1"),
         ("--eta 0.5 --sampler ddpm", "eta=0.5 is for --sampler ddim"),
+        ("--variance fixed_small", "variance=fixed_small is for --sampler ddpm"),
+        ("--batch-size 1000000000000", "batch_size=1000000000000 must be at most num_images"),
+        ("--compile maybe", "('auto', 'on', 'off')"),
         ("--classes 3", "--classes"),
         ("--sampler plms", "('ddim', 'ddpm')"),
         ("--num-image 3", "did you mean '--num-images'?"),
@@ -49,10 +52,16 @@ def test_a_bad_value(refuses, flags, told):
     assert told in refuses(2, *flags.split())
 
 
-@pytest.mark.parametrize("classes", ["10", "3,-1", "0,11"])
+@pytest.mark.parametrize("classes", ["10", "3,-1", "0,11", "9" * 5000])
 def test_classes_out_of_range(refuses, tiny_class_run, classes):
     message = refuses(2, "--classes", classes, checkpoint=tiny_class_run)
-    assert re.fullmatch(r"--classes holds (10|-1|11), must be from 0 to 9", message)
+    assert re.fullmatch(r"--classes holds (10|-1|11|9+), must be from 0 to 9", message)
+
+
+@pytest.mark.parametrize("classes", ["cat", "1.5"])
+def test_words_that_are_no_classes(refuses, tiny_class_run, classes):
+    message = refuses(2, "--classes", classes, checkpoint=tiny_class_run)
+    assert f"--classes holds {classes}, must be from 0 to 9" in message and "0, 1, 2" in message
 
 
 def test_classes_for_a_net_without(refuses):
@@ -69,9 +78,10 @@ def test_a_checkpoint_is_needed(refused):
 
 
 def test_a_checkpoint_that_is_not_there(refuses, tmp_path):
-    assert "nowhere does not exist; give" in refuses(1, checkpoint=tmp_path / "nowhere")
+    assert "nowhere does not exist; give" in refuses(2, checkpoint=tmp_path / "nowhere")
+    assert "is none of" in refuses(2, checkpoint=tmp_path)
     assert "nowhere.pth: No such file" in refuses(
-        1, "--preset", "digits", checkpoint=tmp_path / "nowhere.pth"
+        2, "--preset", "digits", checkpoint=tmp_path / "nowhere.pth"
     )
 
 

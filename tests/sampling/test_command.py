@@ -1,5 +1,6 @@
 """python -m ddpm_fast.sample: its files, where it goes on, and what it refuses."""
 
+import functools
 import json
 import threading
 from pathlib import Path
@@ -8,9 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from ddpm_fast import UNet, images
+from ddpm_fast import UNet, checkpoint, images
 from ddpm_fast.diffusion.sampler import sample_images
 from ddpm_fast.loading import load_trained
 from ddpm_fast.nn import config as nn_config
@@ -19,32 +19,10 @@ from ddpm_fast.sampling import command
 from ddpm_fast.sampling import folder as folder_module
 from ddpm_fast.sampling.folder import SampleFolder
 from ddpm_fast.sampling.options import SampleOptions, parse_options
+from tests.sampling.files import numbered, pixels
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture
-def draw(tmp_path, tiny_run):
-    """draw(*flags, checkpoint=, out=) -> the folder; by default 6 images, 4 at a time, 3 steps."""
-
-    def run(*flags, checkpoint=tiny_run, out=tmp_path / "out"):
-        given = ("--num-images", 6, "--batch-size", 4, "--steps", 3)
-        argv = ("--checkpoint", checkpoint, "--out", out, *given, *flags)
-        assert main([str(word) for word in argv]) == 0
-        return out
-
-    return run
-
-
-def numbered(folder):
-    """file name -> bytes, of the images alone."""
-    return {p.name: p.read_bytes() for p in sorted(folder.glob("[0-9]*.png"))}
-
-
-def pixels(path):
-    with Image.open(path) as picture:
-        return np.asarray(picture)
 
 
 def test_images_are_numbered_and_are_what_sample_images_draws(draw, tiny_run):
@@ -83,14 +61,6 @@ def test_all_ranks_take_the_checkpoint_that_rank_0_found(tiny_run):
     world = SimpleNamespace(from_chief=lambda make: str(found), together=lambda run: run())
     options = SampleOptions(checkpoint="not-asked-for")
     assert command._load(options, torch.device("cpu"), world).path == found
-
-
-def test_an_empty_or_cut_image_is_drawn_again(draw):
-    folder = draw()
-    whole = numbered(folder)
-    (folder / "00000001.png").write_bytes(b"")
-    (folder / "00000004.png").write_bytes(whole["00000004.png"][:-1])
-    assert numbered(draw()) == whole
 
 
 def test_batches_that_are_there_are_not_drawn_again(draw, monkeypatch):
@@ -144,120 +114,78 @@ def test_another_batch_size_changes_no_pixel_by_more_than_one(draw, tmp_path):
         assert abs(difference).max() <= 1
 
 
+@pytest.fixture
+def sick_run(tiny_run, tmp_path):
+    """A run whose averaged net gives infinity."""
+    saved = checkpoint.load(tiny_run / "checkpoints" / "step_00000004")
+    saved.parts["ema"]["out_conv.bias"].fill_(float("inf"))
+    facts = {k: saved.manifest[k] for k in ("seed", "ema_updates", "net", "diffusion")}
+    checkpoint.save(tmp_path / "sick" / "checkpoints", 4, saved.parts, facts, keep=1)
+    return tmp_path / "sick"
+
+
+def test_images_that_are_not_finite_are_an_error_and_nothing_of_them_is_written(
+    sick_run, refused, tmp_path
+):
+    out = tmp_path / "none"
+    argv = ["--checkpoint", sick_run, "--out", out, "--num-images", 3, "--batch-size", 2, "--gif"]
+    message = refused(main, argv, 1)
+    assert "not finite" in message and "at timestep 4 for 2 images: 0, 1" in message
+    assert not numbered(out) and not list(tmp_path.glob("none-*"))
+
+
+def test_classes_may_be_named_where_the_run_kept_names(tiny_class_run, tmp_path, refused):
+    saved = checkpoint.load(tiny_class_run / "checkpoints" / "step_00000004")
+    names = ["cat", "dog", *(f"class {i}" for i in range(2, 9)), "3"]
+    facts = {k: saved.manifest[k] for k in ("seed", "ema_updates", "net", "diffusion")}
+    for place in ({"class_names": names}, {"data": {"class_names": names}}):
+        run = tmp_path / next(iter(place))
+        checkpoint.save(run / "checkpoints", 4, saved.parts, facts | place, keep=1)
+        trained = load_trained(run)
+        assert trained.class_names == tuple(names)
+        options = parse_options(["--checkpoint", str(run), "--classes", "dog,cat,5,3"])
+        assert list(command._class_numbers(options, trained)) == [1, 0, 5, 9]
+        argv = ["--checkpoint", run, "--out", tmp_path / "no", "--classes", "cot"]
+        assert "(did you mean 'cat'?)" in refused(main, argv, 2)
+    for unsound in ({"class_names": names[:3]}, {"class_names": "cat"}, {"data": 5}):
+        run = tmp_path / "unsound"
+        checkpoint.save(run / "checkpoints", 4, saved.parts, facts | unsound, keep=1)
+        assert load_trained(run).class_names == ()
+
+
 @pytest.mark.parametrize(
-    "flags", [("--seed", 1), ("--steps", 2), ("--sampler", "ddpm"), ("--eta", 0.5), ("--no-ema",),
-              ("--spacing", "trailing"), ("--no-clip",)]
+    "flags, choice",
+    [("", "auto"), ("--compile", "on"), ("--no-compile", "off"), ("--compile off", "off"),
+     ("--compile auto", "auto"), ("--compile=true", "on")],
 )  # fmt: skip
-def test_a_folder_of_other_settings_is_refused_and_kept(draw, refused, tree, tiny_run, flags):
-    folder = draw()
-    before = tree(folder)
-    argv = ["--checkpoint", tiny_run, "--out", folder, "--num-images", 8, "--steps", 3, *flags]
-    message = refused(main, argv, 2)
-    name = flags[0].removeprefix("--").removeprefix("no-")
-    assert f"{folder} holds images with {name} = " in message
-    assert message.endswith("give another --out")
-    assert tree(folder) == before
+def test_compile_is_a_choice_and_a_bare_flag(flags, choice):
+    assert parse_options(["--checkpoint", "x", *flags.split()]).compile == choice
 
 
-def test_a_folder_of_another_nets_images_is_refused(draw, refused, tiny_class_run):
-    folder = draw()
-    argv = ["--checkpoint", tiny_class_run, "--out", folder, "--steps", 3]
-    assert "holds images with weights = " in refused(main, argv, 2)
+def test_compiled_images_are_those_of_the_same_command_without(draw, monkeypatch, tmp_path, capsys):
+    """By a backend of no roundings of its own; a compiler that fails is one line."""
+    expected = numbered(draw())
+    compiled = functools.partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", compiled)
+    torch.compiler.reset()
+    assert numbered(draw("--compile", out=tmp_path / "compiled")) == expected
+    assert "compiling: " in capsys.readouterr().out
+
+    def broken(*_):
+        raise RuntimeError("no compiler\nhere")
+
+    monkeypatch.setattr(torch, "compile", functools.partial(compiled.func, backend=broken))
+    torch.compiler.reset()
+    assert numbered(draw("--compile", out=tmp_path / "eager")) == expected
+    told = [li for li in capsys.readouterr().err.splitlines() if "without torch.compile" in li]
+    assert len(told) == 1 and told[0].startswith("warning: ")
+    torch.compiler.reset()
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]"])
-def test_a_damaged_record_is_refused(draw, refused, tiny_run, text):
-    folder = draw()
-    (folder / "samples.json").write_text(text)
-    argv = ["--checkpoint", tiny_run, "--out", folder, "--steps", 3]
-    assert "samples.json is damaged: give another --out" in refused(main, argv, 2)
-
-
-@pytest.mark.parametrize("name", ["holiday.png", "denoising.gif", "samples.npz"])
-def test_a_folder_of_your_own_pictures_is_refused(tmp_path, refused, tiny_run, tree, name):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / name).write_bytes(b"mine")
-    (tmp_path / "mine" / ".notes.tmp").write_bytes(b"mine")
-    before = tree(tmp_path / "mine")
-    argv = ["--checkpoint", tiny_run, "--out", tmp_path / "mine", "--steps", 3]
-    assert f"holds other images, {name}" in refused(main, argv, 2)
-    assert tree(tmp_path / "mine") == before
-
-
-def test_of_hidden_files_only_what_a_killed_process_left_is_removed(draw):
-    folder = draw()
-    left = {".00000004.png.77.tmp", ".grid.png.77.tmp", ".samples.npz.tmp"}
-    for name in (*left, ".notes.tmp", ".a.png.tmp"):
-        (folder / name).write_bytes(b"")
-    (folder / ".folder.tmp").mkdir()
-    draw()
-    hidden = {path.name for path in folder.iterdir() if path.name.startswith(".")}
-    assert hidden == {".notes.tmp", ".a.png.tmp", ".folder.tmp"}
-
-
-def test_the_grid_shows_the_images_in_order(draw):
-    folder = draw()
-    page = pixels(folder / "grid.png")
-    assert page.shape == (2 + 2 * 66, 2 + 3 * 66)  # 2 rows of 3, 16 pixels four times as large
-    cell = page[2 + 66 : 66 + 66, 2 + 66 : 66 + 66]
-    np.testing.assert_array_equal(cell[::4, ::4], pixels(folder / "00000004.png"))
-
-
-def test_the_grid_can_be_left_out(draw):
-    assert not (draw("--no-grid") / "grid.png").exists()
-
-
-def test_the_npz_holds_all_images_as_uint8_nhwc(draw):
-    folder = draw("--npz")
-    with np.load(folder / "samples.npz", allow_pickle=False) as stored:
-        assert stored.files == ["arr_0"]
-        array = stored["arr_0"]
-    assert array.shape == (6, 16, 16, 1) and array.dtype == np.uint8
-    for i in range(6):
-        np.testing.assert_array_equal(array[i, :, :, 0], pixels(folder / f"{i:08d}.png"))
-
-
-def test_the_gif_goes_from_noise_to_the_images(draw):
-    """Its colours are quantised: the last frame is the page of images to a few grey levels."""
-    folder = draw("--gif", "--num-images", 4)
-    with Image.open(folder / "denoising.gif") as picture:
-        assert picture.is_animated and picture.n_frames == 3
-        picture.seek(2)
-        last = np.asarray(picture.convert("L")).astype(int)
-        picture.seek(0)
-        first = np.asarray(picture.convert("L")).astype(int)
-    page = pixels(folder / "grid.png").astype(int)
-    assert abs(last - page).max() <= 4
-    assert abs(first - page).mean() > 1
-
-
-@pytest.mark.parametrize(
-    ("flags", "frames"), [(("--sampler", "ddpm"), 5), ((), 5), (("--steps", 4), 4)]
-)
-def test_the_gifs_last_frame_is_the_last_step(tiny_run, tmp_path, flags, frames):
-    """Without --steps too, where the net has fewer timesteps than the default."""
-    argv = ["--checkpoint", str(tiny_run), "--num-images", "4", *map(str, flags)]
-    options, trained = parse_options(argv), load_trained(tiny_run)
-    sampler = command._sampler(options, trained, None)
-    pages = command._denoising(options, trained, sampler)
-    assert len(pages) == frames
-    expected = images.to_uint8(command._sample(sampler, options, trained, range(4)))
-    np.testing.assert_array_equal(pages[-1], images.grid(expected, scale=4))
-
-
-@pytest.mark.parametrize("steps", [39, 40, 41, 79, 80, 1000])
-def test_the_gif_has_20_to_40_frames_for_any_number_of_steps(monkeypatch, tiny_run, steps):
-    def pretend(sampler, options, trained, numbers, keep):
-        x = torch.zeros(4, 1, 16, 16)
-        for t in range(steps):
-            keep(steps - t, x + t, x)
-
-    monkeypatch.setattr(command, "_sample", pretend)
-    monkeypatch.setattr(command, "grid", lambda page, scale: page)
-    trained = load_trained(tiny_run)
-    options = SampleOptions(checkpoint="x", steps=steps, num_images=4)
-    pages = command._denoising(options, trained, None)
-    assert 20 <= len(pages) <= 40
+def test_a_start_that_is_too_low_is_one_line(draw, capsys):
+    draw("--spacing", "leading")
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1 and told[0].startswith("warning: spacing='leading' with steps=3 begins")
 
 
 def test_classes_are_drawn_in_turn(draw, tiny_class_run, tmp_path):

@@ -119,9 +119,13 @@ def test_a_net_in_bf16_draws_nearly_the_same_images_and_keeps_its_own_weights(ne
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("batch_size", [1, 2, 7, 64])
 def test_another_batch_size_changes_images_by_rounding_only(net, variant, batch_size):
-    """Convolutions pick other algorithms at other sizes: 1e-4, the contract's bound."""
-    difference = (draw(net, **variant) - draw(net, batch_size=batch_size, **variant)).abs().max()
-    assert difference < 1e-4
+    """Convolutions pick other algorithms at other sizes: 1e-4 of the values, the contract's bound.
+
+    Without clip the first x_0, divided by sqrt(abar_19) = 0.002, and so the images reach 1000.
+    """
+    images = draw(net, **variant)
+    difference = (images - draw(net, batch_size=batch_size, **variant)).abs().max()
+    assert difference < 1e-4 * images.abs().max().clamp(min=1)
 
 
 def test_the_last_batch_is_padded_with_what_is_there(net):
@@ -205,7 +209,7 @@ def test_the_global_generator_plays_no_part(net):
 def test_on_step_sees_every_step_from_most_noise_to_the_image(net):
     seen = []
     images = draw(net, 3, on_step=lambda t, x, x_0: seen.append((t, x.clone(), x_0.clone())))
-    assert [t for t, _, _ in seen] == [15, 10, 5, 0]
+    assert [t for t, _, _ in seen] == [19, 14, 9, 4]
     assert all(x.shape == x_0.shape == (3, 1, 8, 8) for _, x, x_0 in seen)
     torch.testing.assert_close(seen[-1][1].clamp(-1, 1), images, rtol=0, atol=0)
     assert (seen[-1][2].abs() <= 1).all()

@@ -217,3 +217,12 @@ def test_a_net_that_does_not_fit_is_one_line(tmp_path, tiny, refused, monkeypatc
     monkeypatch.setattr(loop, "make_step", fail)
     message = refused(main, [*tiny, *FEW, "--run-dir", tmp_path / "run"], 1)
     assert message.startswith("out of memory before the first step: the net, its averages")
+
+
+def test_a_sample_grid_that_is_not_finite_is_a_warning_and_not_written(tmp_path, train, capsys):
+    """Black pictures would say that the net has learnt black."""
+    flags = ("--learning-rate", 1e6, "--warmup-steps", 0, "--on-nan", "skip", "--iterations", 8)
+    assert train(tmp_path / "run", *flags, "--sample-every", 8) == 0
+    told = [li for li in capsys.readouterr().out.splitlines() if "no sample grid of step 8" in li]
+    assert len(told) == 1 and "not finite" in told[0]
+    assert not list((tmp_path / "run" / "samples").glob("*.png"))

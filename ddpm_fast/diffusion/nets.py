@@ -1,0 +1,174 @@
+"""What a process and a sampler ask of a net f(x, t, y), a module or not, wrapped or not."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ddpm_fast.diffusion.arguments import as_classes, positive
+
+_MISSING = object()
+
+
+def attribute(net: Any, name: str, default: Any = None) -> Any:
+    """net.name, also where the net is inside DDP's or torch.compile's wrapper."""
+    while net is not None:
+        value = getattr(net, name, _MISSING)
+        if value is not _MISSING:
+            return value
+        inside = getattr(net, "_orig_mod", None)
+        net = getattr(net, "module", None) if inside is None else inside
+    return default
+
+
+def own_device(net: Any) -> torch.device | None:
+    """Of a module's parameters; None: it has none, or is no module."""
+    if isinstance(net, nn.Module):
+        for parameter in net.parameters():
+            return parameter.device
+    return None
+
+
+def own_dtype(net: Any) -> torch.dtype | None:
+    """Of a module's first floating parameter; None: it has none, or is no module."""
+    if isinstance(net, nn.Module):
+        for parameter in net.parameters():
+            if parameter.is_floating_point():
+                return parameter.dtype
+    return None
+
+
+def checked_classes(net: Any, y: Any, device: torch.device | None = None) -> Tensor | None:
+    """y as (N,) int64, or None as it is.
+
+    raises  ValueError  classes for a net that was built without, or y of another dtype or shape
+    """
+    if y is None:
+        return None
+    if attribute(net, "num_classes", _MISSING) is None:
+        raise ValueError("y is given, but the net was built without num_classes: leave y out")
+    return as_classes(y, device)
+
+
+def prediction_of(output: Any) -> Tensor:
+    """The tensor that a net returned, or the `sample` of what it returned, as diffusers' nets.
+
+    raises  ValueError  there is none
+    """
+    if isinstance(output, Tensor):
+        return output
+    sample = output.get("sample") if isinstance(output, dict) else getattr(output, "sample", None)
+    if isinstance(sample, Tensor):
+        return sample
+    keys = f" of {', '.join(map(str, output))}" if isinstance(output, dict) else ""
+    raise ValueError(
+        f"the net returned a {type(output).__name__}{keys}, must be a tensor (N, C, H, W), or an "
+        "object or a dict that holds it as `sample`"
+    )
+
+
+def running_device(net: Any, x_T: Tensor | None, device: torch.device | str | None) -> torch.device:
+    """The device given, else that of the net's parameters, else x_T's, else the CPU.
+
+    raises  ValueError  the net is on another one than was given
+    """
+    own = own_device(net)
+    if device is None:
+        return own or (torch.device("cpu") if x_T is None else x_T.device)
+    device = torch.device(device)
+    if own is not None and (
+        own.type != device.type or None not in (device.index, own.index) and own != device
+    ):
+        raise ValueError(f"device={str(device)!r}, but the net is on {own}: must be the same")
+    return device
+
+
+def image_shape(
+    net: Any, x_T: Tensor | None, image_size: int | tuple[int, int] | None, channels: int | None
+) -> tuple[int, int, int]:
+    """(C, H, W) as given, else x_T's, else the net's own.
+
+    raises  ValueError  unknown, not positive, or another than x_T's
+    """
+    own = (None, None) if x_T is None else (tuple(x_T.shape[2:]), x_T.shape[1])
+    size, channels = (
+        given if given is not None else known if known is not None else attribute(net, name)
+        for given, known, name in (
+            (image_size, own[0], "image_size"), (channels, own[1], "img_channels"),
+        )
+    )  # fmt: skip
+    if size is None or channels is None:
+        raise ValueError("image_size and channels are unknown: give both, or x_T (N, C, H, W)")
+    sizes = tuple(size) if isinstance(size, tuple | list) else (size, size)
+    if len(sizes) != 2:
+        raise ValueError(f"image_size={size} must be a number of pixels, or (H, W)")
+    shape = (positive("channels", channels), *(positive("image_size", s) for s in sizes))
+    if x_T is not None and shape != tuple(x_T.shape[1:]):
+        raise ValueError(
+            f"x_T has shape {tuple(x_T.shape)}, but image_size and channels say {shape}: leave "
+            "them out"
+        )
+    return shape
+
+
+def in_dtype(net: Any, dtype: torch.dtype | None) -> Any:
+    """The net itself, or a copy of a module in another dtype than some of its parameters'.
+
+    raises  ValueError  the dtype is not floating
+    """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype={dtype} must be None or floating, such as torch.bfloat16")
+    if dtype is None or not isinstance(net, nn.Module):
+        return net
+    found = {p.dtype for p in net.parameters() if p.is_floating_point()}
+    return net if found <= {dtype} else copy.deepcopy(net).to(dtype)
+
+
+@torch.no_grad()
+def copy_weights(source: nn.Module, into: nn.Module) -> None:
+    """Parameters and buffers of one net into another's tensors, in their dtypes."""
+    pairs = zip(_tensors(source), _tensors(into), strict=True)
+    for theirs, own in pairs:
+        own.copy_(theirs)
+
+
+def addresses(net: Any, device: torch.device) -> list[int]:
+    """Of a module's weights on CUDA, where a graph holds them: another list is another graph."""
+    if device.type != "cuda" or not isinstance(net, nn.Module):
+        return []
+    return [tensor.data_ptr() for tensor in _tensors(net)]
+
+
+@contextmanager
+def eval_mode(net: Any) -> Iterator[None]:
+    """No dropout while sampling; each module's mode comes back afterwards."""
+    modules = list(net.modules()) if isinstance(net, nn.Module) else []
+    modes = [module.training for module in modules]
+    if any(modes):
+        net.eval()
+    try:
+        yield
+    finally:
+        for module, training in zip(modules, modes, strict=True):
+            module.training = training
+
+
+@contextmanager
+def held_weights(net: Any) -> Iterator[None]:
+    """What modules make of their weights is made once for all steps: those that offer it by a
+    context `held_weights()`."""
+    with ExitStack() as stack:
+        for module in net.modules() if isinstance(net, nn.Module) else ():
+            if hasattr(module, "held_weights"):
+                stack.enter_context(module.held_weights())
+        yield
+
+
+def _tensors(net: nn.Module) -> Iterator[Tensor]:
+    return chain(net.parameters(), net.buffers())

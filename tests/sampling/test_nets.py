@@ -1,0 +1,422 @@
+"""A sampler and its net: dtypes, process, classes, outputs, numbers, compiling."""
+
+import contextlib
+import copy
+import functools
+import pickle
+import warnings
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import ddpm_fast as df
+from ddpm_fast.diffusion import compiling
+from ddpm_fast.errors import NotFinite
+
+PROC = df.Diffusion("cosine", 20)
+SHAPE = {"image_size": 4, "channels": 1}
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def make_net(**changes):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return df.UNet(
+            1, 8, (1, 2), 1, time_emb_dim=8, activation="silu", dropout=0.0, num_groups=4,
+            image_size=8, **changes,
+        ).eval()  # fmt: skip
+
+
+@pytest.fixture
+def net():
+    return make_net()
+
+
+def draw(net, num_images=3, proc=PROC, **changes):
+    return df.sample_images(net, proc, num_images, **{"steps": 3, "batch_size": 2, **changes})
+
+
+# --- dtypes
+
+
+@pytest.mark.parametrize(
+    "dtype, off", [(torch.float16, 0.02), (torch.bfloat16, 0.1), (torch.float64, 1e-5)]
+)
+def test_a_net_samples_in_its_own_dtype(net, dtype, off):
+    """Images stay fp32 (fp64 of a double net) between the steps; the net sees its dtype."""
+    full, own = draw(net), copy.deepcopy(net).to(dtype)
+    seen = []
+    own.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+    images = draw(own)
+    assert set(seen) == {dtype}
+    assert images.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert (images.float() - full).abs().mean() < off
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_asking_for_the_nets_own_dtype_changes_nothing(net, dtype):
+    own = copy.deepcopy(net).to(dtype)
+    assert torch.equal(draw(own), draw(own, dtype=dtype))
+
+
+def test_what_is_drawn_does_not_depend_on_torchs_defaults(net):
+    def call(x, t, y=None):
+        return 0.3 * x
+
+    expected, own = draw(call, **SHAPE), draw(net)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            proc = df.Diffusion("cosine", 20)
+            found, found_own = draw(call, proc=proc, **SHAPE), draw(net, proc=proc)
+            tables = [df.Diffusion(name, 99).betas for name in ("linear", "cosine", "sigmoid")]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected) and torch.equal(found_own, own)
+    assert {(b.device.type, b.dtype) for b in tables} == {("cpu", torch.float64)}
+
+
+# --- weights that change
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_sampler_draws_by_the_weights_that_the_net_has_now(net, dtype):
+    """Also where it runs a copy in another dtype."""
+    sampler = df.Sampler(net, PROC, steps=3, batch_size=2, dtype=dtype)
+    first = sampler(2)
+    other = make_net()
+    nn.init.normal_(other.out_conv.weight)
+    net.load_state_dict(other.state_dict())
+    second = sampler(2)
+    assert not torch.equal(first, second)
+    assert torch.equal(second, draw(other, 2, dtype=dtype))
+    net.load_state_dict(make_net().state_dict(), assign=True)  # other tensors
+    assert torch.equal(sampler(2), first)
+
+
+def test_what_a_module_makes_of_its_weights_is_held_during_a_call_and_follows_them(net):
+    """Held from after a copy in another dtype has its new weights, to the last step."""
+    held = []
+
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.value = nn.Parameter(torch.tensor(0.1)), None
+
+        @contextlib.contextmanager
+        def held_weights(self):
+            self.value = self.weight.clone()
+            yield
+            held.append(self.value)
+            self.value = None
+
+        def forward(self, x, t, y=None):
+            return self.value * x
+
+    scale = Scale()
+    sampler = df.Sampler(scale, PROC, steps=3, shape=(1, 4, 4), dtype=torch.bfloat16)
+    first = sampler(1)
+    scale.weight.data.fill_(0.5)
+    assert not torch.equal(sampler(1), first)
+    assert held == [torch.tensor(0.1, dtype=torch.bfloat16), torch.tensor(0.5)]
+
+
+# --- gradients
+
+
+def test_a_net_may_differentiate_inside():
+    """As classifier guidance does."""
+
+    def guided(x, t, y=None):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            (slope,) = torch.autograd.grad((x**2).sum(), x)
+        return 0.1 * slope
+
+    plain = draw(lambda x, t, y=None: 0.2 * x, **SHAPE)
+    found = draw(guided, **SHAPE)
+    assert not found.requires_grad and not found.is_inference()
+    torch.testing.assert_close(found, plain, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_sampler_of_inference_mode_works_outside_of_it_and_the_reverse(net, dtype):
+    expected = draw(net, dtype=dtype)
+    with torch.inference_mode():
+        inside = df.Sampler(net, PROC, steps=3, batch_size=2, dtype=dtype)
+        assert torch.equal(inside(3), expected)
+    assert torch.equal(inside(3), expected)
+    outside = df.Sampler(net, PROC, steps=3, batch_size=2, dtype=dtype)
+    with torch.inference_mode():
+        assert torch.equal(outside(3), expected)
+
+
+def test_a_table_first_used_in_inference_mode_can_be_trained_with():
+    proc, meta = df.Diffusion("cosine", 20), torch.device("meta")
+    with torch.inference_mode():
+        proc.table(meta)
+    assert not proc.table(meta).is_inference()
+
+
+# --- outputs
+
+
+@pytest.mark.parametrize("wrapped", [lambda x: {"sample": x}, lambda x: SimpleNamespace(sample=x)])
+def test_a_net_may_return_its_sample_in_an_object_or_a_dict(net, wrapped):
+    def call(x, t, y=None):
+        return wrapped(net(x, t, y))
+
+    assert torch.equal(draw(call, image_size=8, channels=1), draw(net))
+    x_0 = torch.zeros(2, 1, 8, 8)
+    assert PROC.loss(call, x_0, step=1) == PROC.loss(net, x_0, step=1)
+
+
+@pytest.mark.parametrize("output", [None, (torch.zeros(2, 1, 4, 4),), {"out": torch.zeros(1)}, 5])
+def test_another_output_is_one_line(output):
+    for use in (
+        lambda: draw(lambda x, t: output, **SHAPE),
+        lambda: PROC.loss(lambda x, t, y: output, torch.zeros(2, 1, 4, 4)),
+    ):
+        with pytest.raises(ValueError, match=f"returned a {type(output).__name__}.*`sample`"):
+            use()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("clip", [True, False])
+def test_an_output_that_is_not_finite_names_the_first_step_and_the_images(bad, clip):
+    """Infinity too, which the clamp of x_0 would turn into a black image."""
+
+    def call(x, t, y):
+        sick = (y == 1) & (t <= 9)  # the timesteps are 19, 12, 6
+        return torch.where(sick[:, None, None, None], bad, 0.1 * x)
+
+    y = torch.tensor([0, 1, 0, 0, 1])
+    with pytest.raises(NotFinite, match=r"timestep 6 for 2 images: 8, 11$"):
+        draw(call, 5, y=y, first_index=7, clip=clip, **SHAPE)
+    sampler = df.Sampler(call, PROC, steps=3, batch_size=2, clip=clip, shape=(1, 4, 4))
+    sampler(5, y=torch.zeros(5).long())
+    sampler.check_finite()  # of the last call alone
+    sampler(5, y=y)
+    with pytest.raises(NotFinite, match="timestep 6 for 2 images: 1, 4$"):
+        sampler.check_finite()
+
+
+def test_an_unconditional_output_that_is_not_finite_is_told_too():
+    def call(x, t, y):
+        return torch.where((y == 2)[:, None, None, None], float("inf"), 0.1 * x)
+
+    with pytest.raises(NotFinite, match="timestep 19 for 3 images: 0, 1, 2$"):
+        draw(call, y=torch.zeros(3).long(), guidance=2.0, null_class=2, **SHAPE)
+
+
+# --- processes
+
+
+def test_a_nets_own_process_is_sampled_with_and_another_is_told(net):
+    net.process = PROC
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        expected = draw(net)
+        assert torch.equal(draw(net, proc=None), expected)
+        assert torch.equal(df.Sampler(net, steps=3, batch_size=2)(3), expected)
+        draw(net, proc=df.Diffusion.from_betas(PROC.betas.float()))  # the same, in fp32
+    for other in (df.Diffusion("linear", 1000), df.Diffusion("sigmoid", 20)):
+        with pytest.warns(UserWarning, match=f"sampling with .*{other.schedule}.*trained with"):
+            draw(net, proc=other)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
+def test_the_process_goes_with_copies_of_the_net_and_is_in_no_state_dict(net, copied):
+    names = set(net.state_dict())
+    net.process = PROC
+    assert set(net.state_dict()) == names
+    again = copied(net)
+    assert again.process.matches(PROC)
+    assert torch.equal(draw(again, proc=None), draw(net))
+    assert torch.equal(draw(df.EMA(net).net, proc=None), draw(net))
+
+
+def test_no_process_at_all_is_one_line(net):
+    with pytest.raises(ValueError, match="proc=None, but the net has no process"):
+        draw(net, proc=None)
+
+
+# --- classes and other arguments
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({"y": torch.zeros(3).long()}, "built without num_classes"),
+        ({"guidance": 2.0, "null_class": 0, "y": torch.zeros(3).long()}, "without num_classes"),
+        ({"x_T": torch.zeros(3, 1, 1, 1), "image_size": 8}, "x_T has shape"),
+        ({"x_T": torch.zeros(3, 1, 8, 8).long()}, "x_T has dtype torch.int64, must be floating"),
+        ({"eta": 0.5, "sampler": "ddpm"}, "eta=0.5 is for sampler='ddim'"),
+        ({"recompute_eps": False, "sampler": "ddpm"}, "recompute_eps=False is for sampler='ddim'"),
+        ({"variance": "fixed_small"}, "variance='fixed_small' is for sampler='ddpm'"),
+        ({"device": "cuda"}, "device='cuda', but the net is on cpu"),
+        ({"steps": True}, "steps=True"),
+        ({"num_images": 2.0}, "num_images=2.0"),
+        ({"num_images": 10**12}, "must be at most"),
+        ({"batch_size": 1.5}, "batch_size=1.5"),
+        ({"image_size": 0}, "image_size=0"),
+        ({"image_size": "8"}, "image_size='8'"),
+        ({"compile": "yes"}, "compile='yes'"),
+        ({"dtype": torch.int32}, "dtype=torch.int32"),
+        ({"guidance": "2", "null_class": 1}, "guidance='2'"),
+    ],
+)
+def test_an_argument_that_would_be_ignored_or_misread_is_refused(net, changes, told):
+    with pytest.raises(ValueError) as caught:
+        draw(net, **changes)
+    assert told in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_sampler_refuses_an_x_T_that_would_broadcast(net):
+    sampler = df.Sampler(net, PROC, steps=2, batch_size=2)
+    with pytest.raises(ValueError, match="shape=.8, 8. must be"):
+        df.Sampler(net, PROC, shape=(8, 8))
+    for shape in ((2, 1, 1, 1), (2, 1, 8, 1), (2, 3, 8, 8)):
+        with pytest.raises(ValueError, match="x_T has shape .* must be .2, 1, 8, 8."):
+            sampler(2, x_T=torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    "y, told",
+    [
+        (torch.tensor([0.0, 1.5]), "y has dtype torch.float32"),
+        (torch.tensor([True, False]), "y has dtype torch.bool"),
+        ([0.5, 1.0], "y has dtype"),
+        (torch.zeros(2, 1).long(), r"y has shape \(2, 1\)"),
+        (torch.tensor([0, 4]), "y holds class 4, must be from 0 to 3"),
+        (torch.tensor([-1, 0]), "y holds class -1"),
+        ("ab", "y='ab' must be classes"),
+    ],
+)
+def test_classes_that_are_no_integers_of_the_net_are_refused_everywhere(y, told):
+    net = make_net(num_classes=4)
+    with pytest.raises(ValueError, match=told):
+        draw(net, 2, y=y)
+    with pytest.raises(ValueError, match=told):
+        PROC.loss(net, torch.zeros(2, 1, 8, 8), y)
+
+
+def test_numbers_of_numpy_and_torch_are_numbers():
+    net = make_net(num_classes=4)
+    expected = draw(net, 3, y=torch.tensor([1, 2, 1]), seed=5, first_index=2, image_size=8,
+                    eta=0.5, guidance=2.0, null_class=3)  # fmt: skip
+    for integer, real in ((np.int64, np.float32), (torch.tensor, torch.tensor)):
+        found = df.sample_images(
+            net, df.Diffusion("cosine", integer(20)), integer(3), steps=integer(3),
+            batch_size=integer(2), y=np.array([1, 2, 1], np.int32), seed=integer(5),
+            first_index=integer(2), image_size=integer(8), channels=integer(1), eta=real(0.5),
+            guidance=real(2.0), null_class=integer(3),
+        )  # fmt: skip
+        assert torch.equal(found, expected)
+    assert torch.equal(draw(net, 3, y=[1, 2, 1]), draw(net, 3, y=torch.tensor([1, 2, 1])))
+
+
+def test_the_smallest_call_draws_no_more_images_than_asked_for(net):
+    """By default; a batch_size that is given is kept to, and with it the bits."""
+    sizes = []
+    net.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    default = {n: df.sample_images(net, PROC, n, steps=2) for n in (1, 5, 64, 65)}
+    assert sizes == [1, 1, 5, 5, 64, 64, *[64] * 4]
+    sizes.clear()
+    for n in (1, 5, 64):
+        given = df.sample_images(net, PROC, n, steps=2, batch_size=n)
+        assert torch.equal(default[n], given)
+        padded = df.sample_images(net, PROC, n, steps=2, batch_size=64)
+        assert torch.equal(padded, default[65][:n])
+    assert sizes == [size for n in (1, 5, 64) for size in (n, n, 64, 64)]
+
+
+# --- compiling
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    """backend(name): torch.compile uses it from now on; a list grows by the graphs' batches."""
+
+    def choose(name):
+        made = []
+
+        def noted(graph, inputs):
+            made.append(graph)
+            if name == "broken":
+                raise RuntimeError("no compiler here")
+            return torch._dynamo.lookup_backend(name)(graph, inputs)
+
+        torch.compiler.reset()
+        monkeypatch.setattr(torch, "compile", functools.partial(original, backend=noted))
+        return made
+
+    original = torch.compile
+    yield choose
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("options", [{}, {"sampler": "ddpm"}, {"dtype": torch.bfloat16}])
+def test_a_compiled_net_is_one_graph_and_draws_the_same_bits(net, backend, options):
+    expected, made = draw(net, 5, **options), backend("aot_eager")
+    assert torch.equal(draw(net, 5, compile=True, **options), expected)
+    assert len(made) == 1  # for all steps of all batches
+
+
+def test_a_compiled_net_takes_classes_and_guidance(backend):
+    net, y = make_net(num_classes=4), torch.tensor([0, 1, 2])
+    options = dict(y=y, guidance=2.0, null_class=3)
+    expected, made = draw(net, **options), backend("aot_eager")
+    assert torch.equal(draw(net, compile="on", **options), expected)
+    assert len(made) == 1
+
+
+def test_a_compiled_sampler_follows_the_nets_weights(net, backend):
+    made = backend("aot_eager")
+    sampler = df.Sampler(net, PROC, steps=3, batch_size=2, compile=True)
+    first = sampler(2)
+    nn.init.normal_(net.out_conv.weight)
+    second = sampler(2)
+    assert sampler.compiled and len(made) == 1
+    assert not torch.equal(first, second) and torch.equal(second, draw(net, 2))
+
+
+@pytest.mark.slow
+def test_inductor_draws_the_same_images_to_fp32_rounding(net):
+    torch.compiler.reset()
+    sampler = df.Sampler(net, PROC, steps=3, batch_size=2, compile=True)
+    torch.testing.assert_close(sampler(3), draw(net), rtol=0, atol=1e-4)
+    assert sampler.compiled
+
+
+def test_a_net_that_cannot_be_compiled_is_told_in_one_line_and_runs_as_it_is(net, backend):
+    expected, made = draw(net), backend("broken")
+    sampler = df.Sampler(net, PROC, steps=3, batch_size=2, compile="on")
+    with pytest.warns(UserWarning, match="sampling without torch.compile: ") as told:
+        assert torch.equal(sampler(3), expected)
+    assert len(told) == 1 and "\n" not in str(told[0].message)
+    assert torch.equal(sampler(3), expected)
+    assert not sampler.compiled and len(made) == 1
+
+
+def test_an_error_of_the_nets_own_is_no_failure_to_compile(backend):
+    def fails(x, t, y=None):
+        raise KeyError("mine")
+
+    backend("aot_eager")
+    with pytest.raises(KeyError, match="mine"):
+        draw(fails, compile=True, **SHAPE)
+
+
+def test_auto_compiles_on_cuda_where_the_images_repay_it_and_never_on_a_cpu(net, backend):
+    made, cpu, cuda = backend("aot_eager"), torch.device("cpu"), torch.device("cuda")
+    draw(net)
+    assert made == []
+    enough = compiling.REPAID_BY_PIXELS
+    assert compiling.pays("auto", cuda, enough) and not compiling.pays("auto", cuda, enough - 1)
+    assert not compiling.pays("auto", cpu, 100 * enough)
+    assert compiling.pays("on", cpu, 1) and not compiling.pays("off", cuda, enough)
