@@ -1,26 +1,29 @@
-"""From argv to a frozen dataclass: tyro parses; spellings it does not take are rewritten first.
+"""From argv to a frozen dataclass, and from a command's errors to its exit code.
 
-Taken besides tyro's own: underscores for dashes, other names for a flag (`renamed`), tuples as
-`1,2,2,2`, booleans as `--flag true`, and a choice with on and off as a boolean. A bad argument is
-one line on stderr and exit code 2.
+Taken besides `--flag value` and `--flag=value`: underscores for dashes, other names for a flag
+(`renamed`), tuples as `1,2,2,2` or `1 2 2 2`, booleans as `--flag true`, choices with on and off as
+booleans. tyro writes the help. A bad argument is one line on stderr and exit code 2.
 """
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
+import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from ddpm_fast.errors import Failure, UsageError, nearest
+from ddpm_fast.errors import FORESEEN, Failure, SaidElsewhere, UsageError, exit_code, nearest
+from ddpm_fast.values import FALSE, TRUE, is_number, read_value, refusal, shown
 
 Config = TypeVar("Config")
 
-_TRUE, _FALSE = ("true", "yes", "1", "on"), ("false", "no", "0", "off")
+HELP = ("--help", "-h")
+SILENT_S = 10.0  # a rank that leaves the word to rank 0 gives it this long to say it
 
 
 def parse(
@@ -38,76 +41,62 @@ def parse(
     renamed  other spellings: flag -> flag, without dashes before, with dashes between
     raises   UsageError; SystemExit(0) after --help
     """
-    import tyro
-
-    argv = rewrite(kind, argv, renamed)
-    captured = io.StringIO()
+    if any(word in HELP for word in argv):
+        try:
+            import tyro
+        except ImportError:
+            raise Failure("--help needs the tyro package: pip install tyro") from None
+        tyro.cli(kind, args=HELP[:1], prog=prog, default=default)  # SystemExit
+    values = {} if default is None else {f.name: getattr(default, f.name) for f in fields(kind)}
+    values |= given_values(kind, argv, renamed)
+    for field in fields(kind):
+        if field.default is field.default_factory is MISSING and field.name not in values:
+            flag = field.name.replace("_", "-")
+            raise UsageError(f"--{flag} is missing; see {prog} --help")
     try:
-        with contextlib.redirect_stderr(captured):
-            return tyro.cli(kind, args=argv, prog=prog, default=default)
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        message = _plain(captured.getvalue()).removeprefix(f"Error parsing {kind.__name__}: ")
-        raise UsageError(f"{message}; see {prog} --help") from None
+        return kind(**values)
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from None
 
 
-def rewrite(kind: type, argv: Sequence[str], renamed: Mapping[str, str]) -> list[str]:
-    """argv in tyro's spelling; UsageError for a flag that `kind` does not have."""
+def given_values(kind: type, argv: Sequence[str], renamed: Mapping[str, str]) -> dict[str, Any]:
+    """The values of the flags in argv, by field of `kind`; of a flag given twice, the last.
+
+    raises  UsageError  a flag that `kind` does not have, a value that is not of its type
+    """
     hints = get_type_hints(kind)
-    types = {field.name.replace("_", "-"): hints[field.name] for field in fields(kind)}
-    out: list[str] = []
+    names = {field.name.replace("_", "-"): field.name for field in fields(kind)}
+    values: dict[str, Any] = {}
     words = list(argv)
     while words:
         word = words.pop(0)
-        if not word.startswith("--") or word == "--help":
-            out.append(word)
-            continue
-        flag, equals, value = word[2:].partition("=")
-        flag = flag.replace("_", "-")
+        if not word.startswith("--"):
+            raise UsageError(f"{word!r} belongs to no flag; allowed: --flag value, see --help")
+        typed, equals, value = word.partition("=")
+        flag = typed[2:].replace("_", "-")
         flag = renamed.get(flag, flag)
-        positive = flag.removeprefix("no-")
-        if flag not in types and not _is_switch(types.get(positive)):
-            flags = ["--" + name for name in types]
-            raise UsageError(f"unknown flag {word.partition('=')[0]}{nearest('--' + flag, flags)}")
-        values = [value] if equals else _take_values(words)
-        if types[positive] is bool:
-            out += _boolean(flag, values)
-        elif _is_switch(types[positive]):
-            out += _switch(flag, values)
-        elif str(types[positive]).startswith("tuple"):
-            out += ["--" + flag, *(part for v in values for part in v.split(",") if part)]
+        negated = flag not in names and flag.startswith("no-")
+        name = names.get(flag.removeprefix("no-") if negated else flag, "")
+        hint = hints.get(name)
+        if not name or (negated and not _is_switch(hint)):
+            close = nearest("--" + flag, ["--" + known for known in names])
+            raise UsageError(f"unknown flag {shown(typed)}{close}")
+        after = [value] if equals else _take_values(words)
+        if hint is bool:
+            values[name] = _boolean(typed, after) != negated
+        elif negated or _is_boolean(hint, after):
+            values[name] = "on" if _boolean(typed, after) != negated else "off"
         else:
-            out += ["--" + flag, *values]
-    return out
+            values[name] = read_value(typed, hint, after)
+    return values
 
 
 def _take_values(words: list[str]) -> list[str]:
     """Pop the words up to the next flag; a negative number is a value."""
     values = []
-    while words and not (words[0].startswith("-") and not _is_number(words[0])):
+    while words and not (words[0].startswith("-") and not is_number(words[0])):
         values.append(words.pop(0))
     return values
-
-
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
-
-
-def _boolean(flag: str, values: list[str]) -> list[str]:
-    if not values:
-        return ["--" + flag]
-    word = values[0].lower()
-    if len(values) > 1 or word not in _TRUE + _FALSE:
-        raise UsageError(
-            f"--{flag} was given {' '.join(values)!r}; allowed: nothing, true or false"
-        )
-    positive = flag.removeprefix("no-")
-    return ["--" + positive if (word in _TRUE) == (flag == positive) else "--no-" + positive]
 
 
 def _is_switch(hint: Any) -> bool:
@@ -115,25 +104,16 @@ def _is_switch(hint: Any) -> bool:
     return hint is bool or {"on", "off"} <= set(get_args(hint))
 
 
-def _switch(flag: str, values: list[str]) -> list[str]:
-    """--flag and --no-flag as on and off; another word than a boolean's stays as it is."""
-    if flag.startswith("no-") or not values or values[0].lower() in _TRUE + _FALSE:
-        (word,) = _boolean(flag, values)
-        positive = word.removeprefix("--no-").removeprefix("--")
-        return ["--" + positive, "off" if word.startswith("--no-") else "on"]
-    return ["--" + flag, *values]
+def _is_boolean(hint: Any, words: Sequence[str]) -> bool:
+    """Whether a choice with on and off is spelled as a boolean is."""
+    return _is_switch(hint) and (not words or words[0].lower() in TRUE + FALSE)
 
 
-def _plain(box: str) -> str:
-    """The message inside tyro's box, as one line; where stdout is not UTF-8 it has no sides."""
-    lines: list[str] = []
-    for line in box.splitlines()[1:]:
-        text = line.strip(" │")
-        if text and not set(text) <= set("─╰╯-"):
-            lines.append(text)
-        elif lines:  # the rule below the message; the one above it is skipped
-            break
-    return " ".join(lines).rstrip(".") or "the arguments could not be read"
+def _boolean(flag: str, words: Sequence[str]) -> bool:
+    word = words[0].lower() if words else TRUE[0]
+    if len(words) > 1 or word not in TRUE + FALSE:
+        raise refusal(flag, words, "nothing, true or false")
+    return word in TRUE
 
 
 def run_command(
@@ -141,27 +121,54 @@ def run_command(
     command: Callable[[Sequence[str]], Any],
     argv: Sequence[str] | None,
 ) -> int:
-    """Run `command(argv)`; a foreseen error becomes one line on stderr.
+    """Run `command(argv)`; a foreseen error becomes one line on stderr, said by one rank.
 
     returns  0, or 2 for a bad argument, 1 for a failure or Ctrl-C;
              DDPM_FAST_TRACEBACK=1 shows the trace
     """
+    _escape_in_streams()
     try:
         return command(sys.argv[1:] if argv is None else argv) or 0
-    except UsageError as error:
-        return _report(prog, error, 2)
+    except SaidElsewhere as elsewhere:
+        return elsewhere.code
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (Failure, OSError) as error:
-        return _report(prog, error, 1)
+    except FORESEEN as error:
+        if isinstance(error, UsageError) and not getattr(error, "speaks", _speaks()):
+            _wait_for_the_speaker(exit_code(error))
+            return exit_code(error)
+        return report(prog, error)
     except KeyboardInterrupt:
-        return _report(prog, Failure("interrupted"), 1)
+        return report(prog, Failure("interrupted"))
 
 
-def _report(prog: str, error: Exception, code: int) -> int:
+def _escape_in_streams() -> None:
+    """Have stdout and stderr escape what they cannot show, instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _speaks() -> bool:
+    """Whether this process is rank 0, or the only one: all ranks are given the same arguments."""
+    environment = os.environ.get
+    return (environment("WORLD_SIZE") or "1") == "1" or (environment("RANK") or "0") == "0"
+
+
+def _wait_for_the_speaker(code: int) -> None:
+    """Give the rank that speaks the time to: torchrun ends all ranks when the first has ended."""
+    before = signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
+    try:
+        time.sleep(SILENT_S)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def report(prog: str, error: Exception) -> int:
+    """Say a foreseen error in one line on stderr; its exit code."""
     if os.environ.get("DDPM_FAST_TRACEBACK"):
-        traceback.print_exc()
+        traceback.print_exception(error)
     text = " ".join(str(error).split()) or type(error).__name__
-    print(f"{prog}: error: {text}", file=sys.stderr)
-    return code
+    print(f"{prog}: error: {text}", file=sys.stderr, flush=True)
+    return exit_code(error)

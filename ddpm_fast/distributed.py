@@ -15,10 +15,9 @@ import os
 import signal
 import sys
 import time
-import traceback
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -26,12 +25,23 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from ddpm_fast.arguments import report
 from ddpm_fast.device import pick_device
-from ddpm_fast.errors import Failure, UsageError
+from ddpm_fast.errors import (
+    FORESEEN,
+    Failure,
+    MachineRefusal,
+    SaidElsewhere,
+    UsageError,
+    exit_code,
+)
 from ddpm_fast.heartbeat import Heartbeat, end_process, last_words
+from ddpm_fast.kernels.impl import chosen_impl
+from ddpm_fast.kernels.target import why_not_fused
 
 T = TypeVar("T")
 
+LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 MEETING = timedelta(days=30)  # rank 0 may download, decode or draw while the others wait
 
 
@@ -83,23 +93,40 @@ class World:
         return values.tolist()
 
     def from_chief(self, make: Callable[[], T]) -> T:
-        """make() of rank 0, on all ranks; a JSON-like value."""
+        """make() of rank 0, on all ranks; a JSON-like value. Where it refuses, all ranks end."""
         if self.size == 1:
             return make()
-        values: list[Any] = [make() if self.is_chief else None]
+        values: list[Any] = [self.together(lambda: make() if self.is_chief else None)]
         dist.broadcast_object_list(values, src=0, group=_hosts())
         return values[0]
+
+    def together(self, run: Callable[[], T]) -> T:
+        """run() on all ranks, which meet in nothing in it; where one refuses, all end.
+
+        raises  its own foreseen error on the first rank that has one, SaidElsewhere on the others
+        """
+        if self.size == 1:
+            return run()
+        result, error = None, None
+        try:
+            result = run()
+        except FORESEEN as caught:
+            error = caught
+        codes = self.gather(0 if error is None else exit_code(error))
+        refusing = [rank for rank, code in enumerate(codes) if code]
+        if not refusing:
+            return result
+        if refusing[0] == self.rank:
+            raise error
+        raise SaidElsewhere(int(codes[refusing[0]]))
 
     def chief_first(self, run: Callable[[], T]) -> T:
         """run() on all ranks, on rank 0 before the others: it downloads what they then find."""
         if self.size == 1:
             return run()
-        if self.is_chief:
-            result = run()
-            self.any(False)
-            return result
-        self.any(False)
-        return run()
+        own = self.together(lambda: run() if self.is_chief else None)
+        others = self.together(lambda: None if self.is_chief else run())
+        return own if self.is_chief else others
 
     def leave(self) -> None:
         """Take the process groups down, after a run that ended well.
@@ -127,8 +154,23 @@ def _hosts() -> dist.ProcessGroup:
 
 
 def launched_by_torchrun() -> bool:
-    """Whether this process is one of several that torchrun, or something like it, has started."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    """Whether this process is one of several that torchrun, or something like it, has started.
+
+    raises  UsageError  WORLD_SIZE is no number of processes
+    """
+    return _from_environment("WORLD_SIZE", "1", least=1) > 1
+
+
+def _from_environment(name: str, default: str | None = None, *, least: int, most=2**20) -> int:
+    """A whole number that torchrun sets; UsageError for what is none, or out of range."""
+    value = os.environ.get(name) or default
+    if value is not None and value.isdecimal() and least <= int(value) <= most:
+        return int(value)
+    given = "is not set" if value is None else f"is {value!r}"
+    raise UsageError(
+        f"{name} {given}, must be a whole number from {least} to {most}: start with torchrun, or "
+        f"set {', '.join(LAUNCH_VARIABLES)}; without WORLD_SIZE there is one process"
+    )
 
 
 def rank_device(name: str) -> torch.device:
@@ -136,9 +178,14 @@ def rank_device(name: str) -> torch.device:
 
     It becomes the current device, as Triton's kernels and new streams are the current device's.
 
-    raises  UsageError  a device that is not there, or more processes than GPUs
+    raises  UsageError  a device that is not there, more processes than GPUs, or one for which
+                        DDPM_FAST_IMPL asks for kernels that it cannot run
     """
-    device = pick_device(name)
+    try:
+        device = pick_device(name)
+        check_impl(device.type)
+    except UsageError as error:
+        raise MachineRefusal(str(error)) from None
     if device.type != "cuda":
         return device
     if not launched_by_torchrun():
@@ -147,13 +194,23 @@ def rank_device(name: str) -> torch.device:
         return device
     local_rank, count = _world_of_environment().local_rank, torch.cuda.device_count()
     if local_rank >= count:
-        raise UsageError(
+        raise MachineRefusal(
             f"process {local_rank} of this machine, which has {count} GPUs; allowed: "
-            "--nproc-per-node up to that, or --device cpu"
+            "--nproc-per-node up to that, or --device cpu",
+            speaks=local_rank == count,
         )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
+
+
+def check_impl(device_type: str) -> None:
+    """UsageError where DDPM_FAST_IMPL=fused means kernels that such a device cannot run."""
+    if chosen_impl("auto") == "fused" and (why_not := why_not_fused(device_type)):
+        raise UsageError(
+            f"DDPM_FAST_IMPL=fused: {why_not}; allowed on {device_type}: DDPM_FAST_IMPL=auto or "
+            "reference"
+        )
 
 
 def _is_lost_rank(error: RuntimeError) -> bool:
@@ -183,13 +240,21 @@ def told_if_rank_lost(prog: str, when: Callable[[], str], then: str) -> Iterator
 
 @contextmanager
 def left_at_once_if_rank_lost(prog: str) -> Iterator[None]:
-    """Around all that may raise RankLost: say it as `prog` does and end the process."""
+    """Around all in which ranks meet: say what ends this one as `prog` does, and leave at once.
+
+    A rank that leaves the word to another waits until that one has ended: torchrun ends all ranks
+    when the first has ended.
+    """
     try:
         yield
-    except RankLost as error:
-        if os.environ.get("DDPM_FAST_TRACEBACK"):
-            traceback.print_exc()
-        end_process(f"{prog}: error: {error}")
+    except SaidElsewhere as elsewhere:
+        with suppress(RuntimeError):
+            dist.barrier(group=_hosts())
+        end_process(code=elsewhere.code)
+    except FORESEEN as error:
+        if not _host_group and not isinstance(error, RankLost):
+            raise
+        end_process(code=report(prog, error))
 
 
 def join(device: torch.device, *, timeout_s: float) -> World:
@@ -205,7 +270,14 @@ def join(device: torch.device, *, timeout_s: float) -> World:
     _end_with_the_agent()
     world = _world_of_environment()
     timeout = timedelta(seconds=timeout_s)
-    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    except ValueError as error:  # MASTER_ADDR or MASTER_PORT is missing, or no port
+        missing = [name for name in LAUNCH_VARIABLES if not os.environ.get(name)]
+        raise UsageError(
+            f"{', '.join(missing) or 'MASTER_PORT'} must be set for {world.size} processes to "
+            f"meet: start with torchrun, or set {', '.join(LAUNCH_VARIABLES)} ({error})"
+        ) from None
     name = _name_of_this_start(store, world, timeout_s)
     own_connection = store.clone()
     _heartbeat[:] = [
@@ -230,19 +302,15 @@ def join(device: torch.device, *, timeout_s: float) -> World:
 def _world_of_environment() -> World:
     """From the variables that torchrun sets; Slurm's own number for a rank on its machine will do.
 
-    raises  UsageError  one is missing
+    raises  UsageError  one is missing, or no number that fits
     """
-    found = dict(os.environ)
-    found.setdefault("LOCAL_RANK", found.get("SLURM_LOCALID", ""))
-    try:
-        return World(*(int(found[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
-    except (KeyError, ValueError):
-        missing = [n for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if not found.get(n)]
-        raise UsageError(
-            f"WORLD_SIZE is {found['WORLD_SIZE']}, but {', '.join(missing) or 'a rank'} is not "
-            "set: start with torchrun, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and "
-            "MASTER_PORT"
-        ) from None
+    size = _from_environment("WORLD_SIZE", least=1)
+    slurms = os.environ.get("SLURM_LOCALID")
+    return World(
+        _from_environment("RANK", least=0, most=size - 1),
+        size,
+        _from_environment("LOCAL_RANK", slurms, least=0, most=size - 1),
+    )
 
 
 def _end_with_the_agent() -> None:

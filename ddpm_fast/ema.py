@@ -51,6 +51,7 @@ class EMA:
     """
 
     def __init__(self, net: nn.Module, decay: float = 0.9999, *, warmup: bool = False) -> None:
+        decay = float(decay)  # also one of NumPy's or torch's
         if not 0 <= decay < 1:
             raise ValueError(f"decay={decay} must be in [0, 1)")
         self.decay, self.warmup, self.updates = decay, warmup, 0

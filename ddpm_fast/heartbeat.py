@@ -35,16 +35,17 @@ def last_words(make: Callable[[str], str]) -> Iterator[None]:
         _last_words.pop()
 
 
-def end_process(line: str) -> None:
+def end_process(line: str = "", code: int = 1) -> None:
     """Say it and leave at once: NCCL's destructors would wait for the rank that is lost.
 
     The kernel drops the run folder's lock; what was half written is no checkpoint.
     """
-    with suppress(OSError, ValueError):
-        print(line, file=sys.stderr, flush=True)
+    if line:
+        with suppress(OSError, ValueError):
+            print(line, file=sys.stderr, flush=True)
     with suppress(OSError, ValueError):
         sys.stdout.flush()
-    os._exit(1)
+    os._exit(code)
 
 
 def _lost(why: str) -> None:

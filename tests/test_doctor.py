@@ -151,6 +151,15 @@ def test_without_the_extension_training_is_slower_but_can_run(monkeypatch, capsy
     assert row_of("Kernels").status == "fails"
 
 
+def test_fused_kernels_that_this_machine_cannot_run_are_mended_by_unsetting_them(monkeypatch):
+    monkeypatch.setenv("DDPM_FAST_IMPL", "fused")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    row = row_of("Kernels")
+    assert (row.status, row.mend) == ("fails", "unset DDPM_FAST_IMPL")
+    assert "on cpu only with TRITON_INTERPRET=1" in row.found
+
+
 def test_an_unknown_impl_names_the_allowed(monkeypatch):
     monkeypatch.setenv("DDPM_FAST_IMPL", "quick")
     row = row_of("Kernels")

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "ddpm_fast"
 
 # A part of ddpm_fast, a module or a package, imports parts of lower rank only.
 RANKS = {
-    "errors": 0, "arguments": 0, "_C": 0,
+    "errors": 0, "values": 0, "arguments": 0, "_C": 0,
     "kernels": 1,
     "ops": 2, "graphs": 2, "ema": 2, "fused_adamw": 2,
     "nn": 3, "diffusion": 3, "data": 3, "device": 3, "distributed": 3, "images": 3,
@@ -27,15 +27,17 @@ RANKS = {
 }  # fmt: skip
 ALSO = {
     "distributed": {"device", "heartbeat"},
-    "arguments": {"errors"},
+    "values": {"errors"},
+    "arguments": {"errors", "values"},
     "fused_adamw": {"ema"},
     "checkpoint_writer": {"checkpoint"},
     "convert": {"checkpoint"},
 }
 
 USES_TORCH = {"ddpm_fast.data.order", "ddpm_fast.data.batches", "ddpm_fast.data.read_ahead"}
-LIGHT = ("ddpm_fast.errors", "ddpm_fast.arguments", "ddpm_fast.cli", "ddpm_fast.nn.config",
-         "ddpm_fast.train.config", "ddpm_fast.sampling.options", "ddpm_fast.doctor.__main__",
+LIGHT = ("ddpm_fast.errors", "ddpm_fast.values", "ddpm_fast.arguments", "ddpm_fast.cli",
+         "ddpm_fast.nn.config", "ddpm_fast.train.config", "ddpm_fast.sampling.options",
+         "ddpm_fast.doctor.__main__",
          "ddpm_fast.doctor.rows", "ddpm_fast.doctor.checks", "ddpm_fast.doctor.table")  # fmt: skip
 VAGUE = {"util", "utils", "helper", "helpers", "common", "misc", "manager", "managers"}
 

@@ -58,7 +58,7 @@ def test_ci_runs_the_readmes_own_test_command():
 
 
 def test_readme_names_no_flag_that_does_not_exist():
-    from ddpm_fast.arguments import rewrite
+    from ddpm_fast.arguments import given_values
     from ddpm_fast.sampling import options
     from ddpm_fast.train import config
 
@@ -67,4 +67,4 @@ def test_readme_names_no_flag_that_does_not_exist():
     assert len(commands) >= 5
     for verb, words in commands:
         kind = config.TrainCommand if verb == "train" else options.SampleOptions
-        rewrite(kind, words.split(), {})  # raises for an unknown flag
+        given_values(kind, words.split(), {})  # raises for an unknown flag

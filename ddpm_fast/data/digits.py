@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ddpm_fast.data.image_set import DataError, ImageSet
+from ddpm_fast.data.image_set import DataArgumentError, ImageSet
 
 STORED_SIZE = 8
 STORED_MAX = 16  # pixels count the black ones of a 4x4 block
@@ -26,7 +26,7 @@ def open_digits(*, image_size: int | None = None, channels: int | None = None) -
     """
     size = DEFAULT_SIZE if image_size is None else image_size
     if size % STORED_SIZE or not STORED_SIZE <= size <= MAX_SIZE:
-        raise DataError(
+        raise DataArgumentError(
             f"digits: image_size={size}; allowed: multiples of {STORED_SIZE} up to {MAX_SIZE}"
         )
     with np.load(Path(__file__).with_name("digits.npz"), allow_pickle=False) as stored:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ddpm_fast.errors import Failure
+from ddpm_fast.errors import Failure, UsageError
 
 CHANNELS = (1, 3)
 DIGEST_ROWS, DIGEST_BYTES = 256, 16 << 20  # at most; 0.8 MB of CIFAR-10
@@ -20,6 +20,10 @@ MAX_CLASSES = 100_000  # a label past it is a mistake (an index, a hash), not a 
 
 class DataError(Failure, ValueError):
     """Data that cannot be used: one line saying what was given and what is allowed."""
+
+
+class DataArgumentError(DataError, UsageError):
+    """A name, path or option that means no data, whatever is in the files: exit code 2."""
 
 
 @dataclass(frozen=True, kw_only=True)

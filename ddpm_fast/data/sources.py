@@ -14,7 +14,7 @@ from ddpm_fast.data.decode import FLOAT_IMAGES
 from ddpm_fast.data.digits import open_digits
 from ddpm_fast.data.folder import is_image_file, open_folder
 from ddpm_fast.data.image_files import shown
-from ddpm_fast.data.image_set import CHANNELS, DataError, ImageSet
+from ddpm_fast.data.image_set import CHANNELS, DataArgumentError, ImageSet
 from ddpm_fast.data.progress import OnProgress
 from ddpm_fast.errors import nearest
 
@@ -53,16 +53,19 @@ def open_images(
     on_progress       called as (what, done, total), from this thread, in place of the progress bar
     returns           ImageSet
     warns             UserWarning  files, run folders and images that are left out, counted
-    raises            DataError  one line: what was given and what is allowed
+    raises            DataError  one line: what was given and what is allowed; DataArgumentError
+                      where no file is at fault
     """
     data_root = Path(os.fsdecode(data_root))
     image_size, channels = _whole("image_size", image_size), _whole("channels", channels)
     if image_size is not None and image_size < 1:
-        raise DataError(f"image_size={image_size}; allowed: 1 or more pixels")
+        raise DataArgumentError(f"image_size={image_size}; allowed: 1 or more pixels")
     if channels not in (None, *CHANNELS):
-        raise DataError(f"channels={channels}; allowed: 1 (grey) or 3 (RGB)")
+        raise DataArgumentError(f"channels={channels}; allowed: 1 (grey) or 3 (RGB)")
     if float_images not in FLOAT_IMAGES:
-        raise DataError(f"float_images={float_images!r}; allowed: {', '.join(FLOAT_IMAGES)}")
+        raise DataArgumentError(
+            f"float_images={float_images!r}; allowed: {', '.join(FLOAT_IMAGES)}"
+        )
     wanted = {"image_size": image_size, "channels": channels}
     if source == "digits":
         return open_digits(**wanted)
@@ -81,7 +84,7 @@ def open_images(
 def find_source(source: str | os.PathLike) -> tuple[Path, str]:
     """The path that `source` names and its kind: "folder", "image", "array" or "zip".
 
-    raises  DataError  nothing is there, or a file of another kind
+    raises  DataArgumentError  nothing is there, or a file of another kind
     """
     name = os.path.expanduser(os.fsdecode(source))
     path = Path(name)
@@ -89,13 +92,13 @@ def find_source(source: str | os.PathLike) -> tuple[Path, str]:
         return path, "folder"
     if not os.path.isfile(name):
         told = shown(name)
-        raise DataError(
+        raise DataArgumentError(
             f"no data called {told!r}{nearest(told.lower(), NAMES)}; allowed: {ALLOWED}"
         )
     kinds = {".npy": "array", ".npz": "array", ".zip": "zip"}
     kind = kinds.get(path.suffix.lower()) or ("image" if is_image_file(path) else None)
     if kind is None:
-        raise DataError(f"{shown(name)!r} is a file of another kind; allowed: {ALLOWED}")
+        raise DataArgumentError(f"{shown(name)!r} is a file of another kind; allowed: {ALLOWED}")
     return path, kind
 
 
@@ -103,7 +106,7 @@ def is_decoded(source: str | os.PathLike) -> bool:
     """Whether the images are files of their own, which can be resized; False: nothing is there."""
     try:
         return source not in NAMES and find_source(source)[1] != "array"
-    except DataError:
+    except DataArgumentError:
         return False
 
 
@@ -112,4 +115,4 @@ def _whole(name: str, value: SupportsIndex | None) -> int | None:
     try:
         return None if value is None else operator.index(value)
     except TypeError:
-        raise DataError(f"{name}={value!r}; allowed: a whole number") from None
+        raise DataArgumentError(f"{name}={value!r}; allowed: a whole number") from None

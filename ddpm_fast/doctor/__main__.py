@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ddpm_fast.arguments import parse, run_command
+from ddpm_fast.values import check_ranges
 
 PROG = "python -m ddpm_fast.doctor"
 
@@ -32,10 +33,7 @@ class DoctorOptions:
     """of --chaos: which kills, and when"""
 
     def __post_init__(self) -> None:
-        if not 0 < self.minutes < float("inf"):
-            raise ValueError(f"minutes={self.minutes} must be positive")
-        if self.kills is not None and self.kills < 1:
-            raise ValueError(f"kills={self.kills} must be at least 1")
+        check_ranges(self, {"minutes": (0.01, 1e5), "kills": (1, 10**6), "seed": (0, 2**63 - 1)})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str]) -> int:
-    options = _options(argv)  # before torch: --help and mistakes answer at once
+    options = parse(DoctorOptions, argv, prog=PROG)  # before torch: mistakes answer at once
     if options.chaos:
         from ddpm_fast.doctor.chaos import chaos
 
@@ -56,13 +54,6 @@ def _run(argv: Sequence[str]) -> int:
     table.show(rows, json=options.json)
     failed = int(any(row.status == "fails" for row in rows))
     return kernels.refresh() or failed if options.compile else failed
-
-
-def _options(argv: Sequence[str]) -> DoctorOptions:
-    try:
-        return parse(DoctorOptions, argv, prog=PROG)
-    except ImportError:  # tyro is one of the pieces that may be missing
-        return DoctorOptions(json="--json" in argv)
 
 
 if __name__ == "__main__":

@@ -30,8 +30,10 @@ def check_extension() -> Finding:
 
 def check_impl() -> Finding:
     """Which implementation DDPM_FAST_IMPL chooses."""
+    from ddpm_fast.device import pick_device
     from ddpm_fast.kernels import extension
     from ddpm_fast.kernels.impl import IMPLS
+    from ddpm_fast.kernels.target import why_not_fused
 
     given = os.environ.get("DDPM_FAST_IMPL")
     name = given or "auto"
@@ -45,6 +47,8 @@ def check_impl() -> Finding:
     if name == "fused" and extension.why_missing():
         found = f"{name} ({source}), but there is no extension"
         return Finding(found, "fails", extension.BUILD_COMMAND)
+    if name == "fused" and (why_not := why_not_fused(pick_device("auto").type)):
+        return Finding(f"{name} ({source}): {why_not}", "fails", "unset DDPM_FAST_IMPL")
     return Finding(f"{name} ({source})")
 
 

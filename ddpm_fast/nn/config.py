@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ddpm_fast.errors import nearest
+from ddpm_fast.values import make_plain
 
 ACTIVATIONS = ("relu", "silu", "mish")
 NORMS = ("gn", "in", "bn", None)
@@ -50,8 +51,7 @@ class UNetConfig:
     image_size: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "channel_mults", tuple(self.channel_mults))
-        object.__setattr__(self, "attention_resolutions", tuple(self.attention_resolutions))
+        make_plain(self)
         self._check_numbers()
         self._check_choices()
         self._check_widths()

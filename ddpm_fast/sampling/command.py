@@ -79,7 +79,7 @@ def _warnings_as_lines() -> Iterator[None]:
 
 def _draw(options: SampleOptions, device: torch.device, world: World) -> None:
     trained = _load(options, device, world)
-    _check(options, trained)
+    world.together(lambda: _check(options, trained))
     dtype = _dtype(options, device)
     folder = world.chief_first(
         lambda: SampleFolder(
@@ -193,9 +193,14 @@ def _load(options: SampleOptions, device: torch.device, world: World) -> Trained
         except ValueError as error:
             raise UsageError(str(error)) from None
 
-    own = load(options.checkpoint) if world.is_chief else None
-    path = world.from_chief(lambda: str(own.path))
-    return own or load(path)
+    own: list[Trained] = []
+
+    def load_first() -> str:
+        own.append(load(options.checkpoint))
+        return str(own[0].path)
+
+    path = world.from_chief(load_first)
+    return world.together(lambda: own[0] if own else load(path))
 
 
 def _missing_batches(options: SampleOptions, folder: SampleFolder) -> list[tuple[int, int]]:

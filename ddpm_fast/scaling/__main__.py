@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import sys
 import time
@@ -28,16 +27,21 @@ def _run(argv: Sequence[str]) -> int:
     if argv and argv[0] in verbs and "--help" not in argv:
         return verbs[argv[0]](argv[1:])
     options = parse_options(argv)  # before the heavy modules: --help and mistakes answer at once
+    from ddpm_fast.distributed import check_impl
     from ddpm_fast.scaling import report
     from ddpm_fast.scaling.export import export
     from ddpm_fast.scaling.measure import measure
     from ddpm_fast.scaling.result import JSON_NAME
 
+    check_impl("cpu" if options.backend == "gloo" else "cuda")
     console = _console()
     folder = Path(options.out or f"runs/scaling-{time.strftime('%Y%m%d-%H%M%S')}")
     if (folder / JSON_NAME).exists():
         raise UsageError(f"--out {folder} holds a result already; give another folder")
-    folder.mkdir(parents=True, exist_ok=True)  # a folder that cannot be had, before the work
+    try:
+        folder.mkdir(parents=True, exist_ok=True)  # a folder that cannot be had, before the work
+    except OSError as error:
+        raise UsageError(f"--out {folder}: {error.strerror}; give another folder") from None
     result = measure(options, console)
     report.show(result, console)
     paths, why = export(result, folder, legacy=options.legacy_json)
@@ -110,11 +114,9 @@ def _claim(argv: Sequence[str]) -> int:
 
 
 def _console() -> Console:
-    """Stdout's; it takes any text, and colours only a terminal."""
+    """Stdout's; it colours only a terminal."""
     from rich.console import Console
 
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
     return Console(highlight=False)
 
 

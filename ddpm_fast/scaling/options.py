@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -10,10 +11,21 @@ from typing import Literal
 from ddpm_fast.arguments import parse
 from ddpm_fast.errors import UsageError
 from ddpm_fast.nn import config as nn_config
+from ddpm_fast.values import check_ranges
 
 PROG = "python -m ddpm_fast.scaling"
 DEMO_BATCH = 16
 RENAMED = {"world-sizes": "gpus", "backends": "backend"}
+PROCESSES_A_CORE = 16  # at most; they take turns
+RANGES = {
+    "gpus": (1, 2**16),
+    "batch_size": (1, 2**20),
+    "global_batch": (1, 2**20),
+    "windows": (5, 10**4),
+    "window_s": (0.05, 600),
+    "predict": (1, 2**20),
+    "time_limit": (10, 10**7),
+}
 BATCHES = {"digits": 64, "cifar10": 128, "seed-cifar10": 128}  # as the trainer's presets
 
 
@@ -57,17 +69,7 @@ class ScalingOptions:
     """folder for the results; None: runs/scaling-<time>"""
 
     def __post_init__(self) -> None:
-        for name in ("gpus", "predict"):
-            for value in getattr(self, name):
-                if value < 1:
-                    raise ValueError(f"{name} holds {value}, must hold numbers of at least 1")
-        for name, least in (("batch_size", 1), ("global_batch", 1), ("windows", 5),
-                            ("time_limit", 10)):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name}={value} must be at least {least}")
-        if self.window_s is not None and not 0.05 <= self.window_s <= 600:
-            raise ValueError(f"window_s={self.window_s} must be from 0.05 to 600")
+        check_ranges(self, RANGES)
 
     @property
     def net(self) -> str:
@@ -102,6 +104,12 @@ def parse_options(argv: Sequence[str]) -> ScalingOptions:
                 "processes"
             )
         interconnect(options.interconnect)
+    cores = os.cpu_count() or 1
+    if options.backend == "gloo" and max(options.gpus, default=1) > PROCESSES_A_CORE * cores:
+        raise UsageError(
+            f"--gpus {max(options.gpus)} CPU processes on {cores} cores; allowed: up to "
+            f"{PROCESSES_A_CORE * cores}, and more by --predict"
+        )
     if options.gpus:
         check_divides(options, options.gpus)
     return options

@@ -6,22 +6,58 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from ddpm_fast.arguments import parse, rewrite
-from ddpm_fast.errors import UsageError, nearest
+from ddpm_fast.arguments import HELP, given_values, parse
+from ddpm_fast.errors import MachineRefusal, UsageError, nearest
 from ddpm_fast.nn import config as nn_config
 from ddpm_fast.nn.config import UNetConfig
 from ddpm_fast.train.data_choice import DECIDING, choose
+from ddpm_fast.values import check_ranges, make_plain, shown
 
 PROG = "python -m ddpm_fast.train"
 CONFIG_NAME = "config.json"
 MOST_SAMPLES = 2**16  # a page of 256 x 256 images
 MOST_PROFILED = 1000  # steps: each is some thousand events in memory and in the trace
 _ON_OFF = {True: "on", False: "off"}
+MOST_STEPS, MOST_CHANNELS = 2**31 - 1, 2**14
+
+# What a number may be, ends included; more than any run needs is a slip of the hand.
+RANGES = {
+    "image_size": (1, 2**14),
+    "base_channels": (1, MOST_CHANNELS),
+    "channel_mults": (1, MOST_CHANNELS),
+    "num_res_blocks": (1, 1000),
+    "time_emb_dim": (1, 2**16),
+    "attention_resolutions": (0, 13),
+    "num_groups": (1, MOST_CHANNELS),
+    "num_timesteps": (1, 10**6),
+    "schedule_low": (1e-12, 1.0),
+    "schedule_high": (1e-12, 1.0),
+    "iterations": (1, MOST_STEPS),
+    "batch_size": (1, 2**20),
+    "batch_size_per_gpu": (1, 2**20),
+    "grad_accumulation": (1, 2**20),
+    "learning_rate": (1e-12, 1e3),
+    "warmup_steps": (0, MOST_STEPS),
+    "weight_decay": (0.0, 1e3),
+    "grad_clip": (0.0, 1e12),
+    "ema_update_rate": (1, MOST_STEPS),
+    "seed": (0, 2**63 - 1),
+    "timeout": (0.1, 1e7),
+    "log_every": (1, MOST_STEPS),
+    "sample_every": (0, MOST_STEPS),
+    "sample_images": (1, MOST_SAMPLES),
+    "sample_steps": (1, 10**6),
+    "checkpoint_every": (0, MOST_STEPS),
+    "keep_checkpoints": (1, MOST_STEPS),
+    "keep_every": (0, MOST_STEPS),
+    "profile": (0, MOST_PROFILED),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,28 +205,11 @@ class TrainConfig:
     """also log to Weights & Biases (pip install wandb)"""
 
     def __post_init__(self) -> None:
+        make_plain(self)
         if isinstance(self.compile, bool):
             object.__setattr__(self, "compile", _ON_OFF[self.compile])
         _check_preset(self.preset)
-        for name in ("iterations", "batch_size", "grad_accumulation", "num_timesteps", "log_every",
-                     "ema_update_rate", "keep_checkpoints", "sample_images",
-                     "sample_steps"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.sample_images > MOST_SAMPLES:
-            raise ValueError(f"sample_images={self.sample_images} must be at most {MOST_SAMPLES}")
-        for name in ("sample_every", "checkpoint_every", "warmup_steps", "grad_clip",
-                     "weight_decay", "keep_every"):  # fmt: skip
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
-        if not 0 <= self.profile <= MOST_PROFILED:
-            raise ValueError(f"profile={self.profile} must be from 0 to {MOST_PROFILED} steps")
-        if self.batch_size_per_gpu is not None and self.batch_size_per_gpu < 1:
-            raise ValueError(f"batch_size_per_gpu={self.batch_size_per_gpu} must be at least 1")
-        if not 0.1 <= self.timeout <= 1e7:
-            raise ValueError(f"timeout={self.timeout} must be from 0.1 to 1e7 seconds")
-        if not 0 < self.learning_rate < float("inf"):
-            raise ValueError(f"learning_rate={self.learning_rate} must be positive and finite")
+        check_ranges(self, RANGES)
         decays = (self.ema_decay, *self.extra_ema_decays)
         if not all(0 <= decay < 1 for decay in decays):
             raise ValueError(
@@ -202,8 +221,11 @@ class TrainConfig:
                 f"extra_ema_decays={self.extra_ema_decays} must differ from each other and from "
                 f"ema_decay={self.ema_decay}"
             )
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed={self.seed} must be from 0 to 2**63 - 1")
+        if self.base_channels * max(self.channel_mults, default=1) > MOST_CHANNELS:
+            raise UsageError(
+                f"--base-channels {self.base_channels} times --channel-mults "
+                f"{self.channel_mults} must be at most {MOST_CHANNELS} channels"
+            )
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise ValueError(f"device={self.device!r} must be auto, cpu, cuda or cuda:N")
         self.net_config()
@@ -296,7 +318,7 @@ class Invocation:
 
 def parse_command(argv: Sequence[str]) -> Invocation:
     """argv -> Invocation; UsageError for anything that cannot be run."""
-    given = _control_values(rewrite(TrainCommand, argv, RENAMED))
+    given = given_values(TrainCommand, [word for word in argv if word not in HELP], RENAMED)
     try:
         base, resume, notes, fitted = _base_values(given)
         default = TrainCommand(**base)
@@ -318,8 +340,10 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text())
     except OSError as error:
-        raise UsageError(f"{path}: {error.strerror or error}; give a run's {CONFIG_NAME}") from None
-    except ValueError:
+        raise MachineRefusal(
+            f"{path}: {error.strerror or error}; give a run's {CONFIG_NAME}"
+        ) from None
+    except (ValueError, RecursionError):
         raise UsageError(f"{path} is not JSON; give a run's {CONFIG_NAME}") from None
     return _checked_values(values, path)
 
@@ -337,10 +361,16 @@ def _checked_values(values: Any, path: Path) -> dict[str, Any]:
         values["compile"] = _ON_OFF[values["compile"]]
     hints = get_type_hints(TrainConfig)
     for name, value in values.items():
+        if isinstance(value, str) and "\0" in value:
+            raise UsageError(f"{path}: {name} is {value!r}, must hold no zero byte")
         if not _fits(value, hints[name]):
             options = get_args(hints[name])
             allowed = f"of {options}" if options else f"of type {hints[name].__name__}"
-            raise UsageError(f"{path}: {name} is {value!r}, must be {allowed}")
+            raise UsageError(f"{path}: {name} is {shown(repr(value))}, must be {allowed}")
+    try:
+        check_ranges(SimpleNamespace(**{name: values.get(name) for name in RANGES}), RANGES)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
     return values
 
 
@@ -358,34 +388,18 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, (int, float) if hint is float else hint)
 
 
-def _control_values(argv: list[str]) -> dict[str, str | None]:
-    """The flags that decide where the other values come from, read before the full parse."""
-    given: dict[str, str | None] = {}
-    for flag, value in zip(argv, [*argv[1:], None], strict=False):
-        name = flag.removeprefix("--")
-        if name in ("auto-resume", "no-auto-resume"):
-            given["auto-resume"] = None if name.startswith("no-") else "yes"
-        elif name in ("preset", "config", "resume", "run-dir") and flag.startswith("--"):
-            if not value or value.startswith("--"):
-                raise UsageError(f"{flag} needs a value")
-            given[name] = value
-        elif (deciding := name.replace("-", "_")) in DECIDING and flag.startswith("--"):
-            given[deciding] = value
-    return given
-
-
 def _base_values(
-    given: dict[str, str | None],
+    given: Mapping[str, Any],
 ) -> tuple[dict[str, Any], bool, tuple[str, ...], bool]:
     """Values under the flags, whether an existing run goes on, what is to be said of them, and
     whether the data chose the preset."""
     run_dir = given.get("resume")
-    if given.get("auto-resume"):
-        if run_dir or not given.get("run-dir"):
+    if given.get("auto_resume"):
+        if run_dir or not given.get("run_dir"):
             raise UsageError("--auto-resume goes with --run-dir DIR and without --resume")
-        folder = Path(given["run-dir"])
+        folder = Path(given["run_dir"])
         if (folder / CONFIG_NAME).is_file() or manifests(folder):
-            run_dir = given["run-dir"]
+            run_dir = given["run_dir"]
     if given.get("resume") and given.get("config"):
         raise UsageError("--resume takes the run's own configuration: allowed without --config")
     if run_dir:
@@ -405,15 +419,20 @@ def _run_values(folder: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     if not folder.is_dir():
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f" that rank {rank} can see; all nodes must share it"
-        raise UsageError(f"--resume {folder}: no such run folder{where}")
+        raise MachineRefusal(f"--resume {folder}: no such run folder{where}")
     path = folder / CONFIG_NAME
     try:
         json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         for manifest in reversed(manifests(folder)):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError, UsageError):
                 values = _checked_values(json.loads(manifest.read_text())["config"], manifest)
                 return values, (f"warning: {path} is damaged: its values are those in {manifest}",)
+    if not path.exists():
+        raise UsageError(
+            f"--resume {folder}: not a run folder, as it holds no {CONFIG_NAME}; allowed: the "
+            "--run-dir of an earlier run"
+        )
     return read_config(path), ()
 
 

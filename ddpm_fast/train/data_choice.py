@@ -30,8 +30,8 @@ class Choice:
 def choose(preset: str | None, given: Mapping[str, Any]) -> Choice:
     """What fits the images of given["data"]; a preset that was asked for stays.
 
-    given  DECIDING values, None where not given, maybe still text of the command line. Data that
-           cannot be opened choose nothing: opening them says why
+    given  DECIDING values, None where not given. Data that cannot be opened choose
+           nothing: opening them says why
     """
     data = given.get("data") or _own_data(preset)
     if data == "digits":
@@ -43,7 +43,7 @@ def choose(preset: str | None, given: Mapping[str, Any]) -> Choice:
         seen = look(data, data_root=given.get("data_root") or "data", array_key=given["array_key"])
     except (DataError, OSError):
         return Choice(preset or "digits")
-    size, channels = _number(given["image_size"]), _number(given["img_channels"])
+    size, channels = given["image_size"], given["img_channels"]
     if preset is not None:
         return Choice(preset, notes=_differences(preset, data, seen, size, channels))
     return _fitting(data, seen, size, channels)
@@ -54,14 +54,6 @@ def _own_data(preset: str | None) -> str:
     from ddpm_fast.train.config import PRESETS
 
     return PRESETS.get(preset, {}).get("data", "digits")
-
-
-def _number(value: Any) -> int | None:
-    """A flag's value; None for what is no number, which parsing refuses."""
-    try:
-        return None if value is None else int(value)
-    except ValueError:
-        return None
 
 
 def _fitting(data: str, seen: Seen, size: int | None, channels: int | None) -> Choice:

@@ -14,6 +14,7 @@ import torch
 
 from ddpm_fast import checkpoint
 from ddpm_fast.checkpoint_writer import CheckpointWriter
+from ddpm_fast.data import ImageSet
 from ddpm_fast.diffusion.sampler import sample_images
 from ddpm_fast.distributed import (
     World,
@@ -29,7 +30,7 @@ from ddpm_fast.monitoring.devices import gpus_in_use
 from ddpm_fast.monitoring.monitor import Monitor
 from ddpm_fast.optimizer import state_tensors
 from ddpm_fast.train.classes import class_lines
-from ddpm_fast.train.config import PROG, Invocation
+from ddpm_fast.train.config import PROG, Invocation, TrainConfig
 from ddpm_fast.train.estimate import length_estimate
 from ddpm_fast.train.failures import (
     GO_ON,
@@ -91,21 +92,24 @@ def _train(invocation: Invocation, device: torch.device, world: World) -> str | 
     As on a node whose ranks leave because those of another one were told to: with exit code 0 its
     torchrun or batch system would take the run for done.
     """
-    config = for_ranks(
-        invocation.config, device, world, resumed=invocation.resume, restarted=invocation.waits
+    config = world.together(
+        lambda: for_ranks(
+            invocation.config, device, world, resumed=invocation.resume, restarted=invocation.waits
+        )
     )
     choose_algorithms(
         device, deterministic=config.deterministic, algorithms=config.cudnn_algorithms,
         tf32=config.tf32 == "on",
     )  # fmt: skip
     images = open_data_once(config, world, print if world.is_chief else _quiet)
-    with told_if_the_net_does_not_fit():
-        train_step = make_step(config, images, device, world)
+    train_step = world.together(lambda: _make_step(config, images, device, world))
     path = Path(world.from_chief(lambda: str(config.run_dir or default_run_dir(config.preset))))
     wait_s = config.timeout if invocation.waits else 0.0
-    folder = RunFolder(path, resume=invocation.resume, writes=world.is_chief, wait_s=wait_s)
+    folder = world.together(
+        lambda: RunFolder(path, resume=invocation.resume, writes=world.is_chief, wait_s=wait_s)
+    )
     try:
-        trackers = open_trackers(config, path) if world.is_chief else []
+        trackers = world.together(lambda: open_trackers(config, path) if world.is_chief else [])
         display = Display(folder, config.iterations, quiet=not world.is_chief)
         writer = CheckpointWriter(
             folder.checkpoints, keep=config.keep_checkpoints, keep_every=config.keep_every,
@@ -124,8 +128,7 @@ def _train(invocation: Invocation, device: torch.device, world: World) -> str | 
             run = Run(train_step, folder, display, trackers, writer, monitor)
             if invocation.resume:
                 run.resume()
-            if world.is_chief:
-                folder.write_config(replace(config, run_dir=str(path)))
+            world.from_chief(lambda: folder.write_config(replace(config, run_dir=str(path))))
             run.announce()
             if invocation.fitted and not invocation.resume:
                 with told_if_the_net_does_not_fit():
@@ -148,6 +151,13 @@ def _train(invocation: Invocation, device: torch.device, world: World) -> str | 
         return None
     finally:
         folder.close()
+
+
+def _make_step(
+    config: TrainConfig, images: ImageSet, device: torch.device, world: World
+) -> TrainStep:
+    with told_if_the_net_does_not_fit():
+        return make_step(config, images, device, world)
 
 
 def _quiet(line: str) -> None:
@@ -321,12 +331,17 @@ class Run:
             kept = f"; the rows so far are in {aside.name}" if aside else ""
             say(f"no checkpoint yet: starting from step 0{kept}")
             return
-        if not Path(found).is_dir():
+        self.world.together(lambda: self._restore(Path(found)))
+
+    def _restore(self, found: Path) -> None:
+        """Go back to a checkpoint."""
+        say = self.display.say
+        if not found.is_dir():
             raise RunFolderError(
                 f"rank {self.world.rank} cannot see {found}, which rank 0 resumes: all nodes must "
                 "share the run folder"
             )
-        saved = checkpoint.load(Path(found))
+        saved = checkpoint.load(found)
         if saved.step > self.config.iterations:
             raise UsageError(
                 f"--iterations {self.config.iterations}, but {self.folder.path} has done "
@@ -459,15 +474,18 @@ class Run:
         return True
 
     def _check_finite(self) -> None:
-        if not self.train_step.healthy.item():
-            before, loss, norm = self.train_step.failed.tolist()
-            self.saving.settle()
-            steps = checkpoint.steps_in(self.folder.checkpoints)
-            kept = f"the checkpoint of step {steps[-1]} is untouched" if steps else "none was saved"
-            raise TrainingError(
-                f"loss {loss}, gradient norm {norm} at step {before + 1:.0f}: training diverged; "
-                f"{kept}; try a smaller --learning-rate, --precision fp32 or --on-nan skip"
-            )
+        if not self.train_step.healthy.item():  # on all ranks alike
+            self.world.together(self._refuse_what_diverged)
+
+    def _refuse_what_diverged(self) -> None:
+        before, loss, norm = self.train_step.failed.tolist()
+        self.saving.settle()
+        steps = checkpoint.steps_in(self.folder.checkpoints)
+        kept = f"the checkpoint of step {steps[-1]} is untouched" if steps else "none was saved"
+        raise TrainingError(
+            f"loss {loss}, gradient norm {norm} at step {before + 1:.0f}: training diverged; "
+            f"{kept}; try a smaller --learning-rate, --precision fp32 or --on-nan skip"
+        )
 
     def _start_interval(self) -> None:
         self._interval_start, self._interval_step = time.perf_counter(), self.step

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm_fast.data.disk import sync, sync_folder
-from ddpm_fast.errors import Failure
+from ddpm_fast.errors import Failure, UsageError
 from ddpm_fast.train.config import CONFIG_NAME, PROG, TrainConfig
 
 TRACKERS = ("tensorboard", "wandb")  # what they write before config.json is there
@@ -28,13 +28,21 @@ class RunFolderError(Failure):
     """A run folder that cannot be used: one line saying which and what to do."""
 
 
+class RunDirError(RunFolderError, UsageError):
+    """A --run-dir that can be no new run's: exit code 2."""
+
+
+NO_FOLDER = (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EILSEQ, errno.ELOOP)
+
+
 class RunFolder:
     """An open, locked run folder.
 
     path    the folder;  resume  it exists and goes on; else it must be new or unused
     writes  False for ranks other than 0: neither locked nor written to
     wait_s  how long another trainer may take to leave it
-    raises  RunFolderError  exists already, cannot be written, or is in use
+    raises  RunFolderError  exists already, cannot be written, or is in use; RunDirError where its
+                            name alone is at fault
 
     A row or a line that cannot be written is told once, on stderr: training goes on.
     """
@@ -49,7 +57,7 @@ class RunFolder:
         if not writes:
             return
         if not resume and path.exists() and not _is_unused(path):
-            raise RunFolderError(
+            raise RunDirError(
                 f"{path} exists already; continue it with {PROG} --resume {path}, or give another "
                 "--run-dir"
             )
@@ -61,7 +69,8 @@ class RunFolder:
                 sync_folder(path)
             self._lock = _locked(path / "lock", wait_s)
         except OSError as error:
-            raise RunFolderError(
+            kind = RunDirError if error.errno in NO_FOLDER else RunFolderError
+            raise kind(
                 f"run folder {path} cannot be written: {error.strerror}; give another --run-dir"
             ) from None
 
@@ -114,7 +123,8 @@ class RunFolder:
         """Add a line; what a full disk took of it goes again, so that the next is one by itself."""
         try:
             with open(path, "ab", buffering=0) as file:
-                size, data = file.tell(), f"{line}\n".encode()
+                size = file.tell()
+                data = f"{line}\n".encode(errors="backslashreplace")
                 try:
                     while data:
                         data = data[file.write(data) :]

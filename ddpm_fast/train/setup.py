@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,15 +68,20 @@ def open_data_once(config: TrainConfig, world: World, say: Callable[[str], None]
     Names, digests and so on come from rank 0: it alone reads the files to tell whether one changed.
     A large set that is not mapped from a file (.npz) is put into the cache for them.
     """
-    if world.is_chief:
+    opened: list[ImageSet] = []
+
+    def open_first() -> dict[str, Any] | None:
         images = open_data(config, say)
         in_memory = not isinstance(images.images, np.memmap)
         if world.size > 1 and in_memory and images.images.nbytes > HELD_BY_EACH_BYTES:
             images = mapped(images, Path(config.data_root))
-        world.from_chief(lambda: handed_over(images))
-        return images
-    known = world.from_chief(lambda: None)
-    return taken_over(known) or open_data(config, say)
+        opened.append(images)
+        return handed_over(images)
+
+    known = world.from_chief(open_first)
+    return world.together(
+        lambda: opened[0] if opened else taken_over(known) or open_data(config, say)
+    )
 
 
 def fit_net_config(config: TrainConfig, images: ImageSet) -> UNetConfig:

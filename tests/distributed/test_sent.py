@@ -165,5 +165,5 @@ def test_slurms_number_of_a_rank_on_its_machine_will_do(monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     assert _world_of_environment() == World(3, 4, 1)
     monkeypatch.delenv("SLURM_LOCALID")
-    with pytest.raises(UsageError, match="WORLD_SIZE is 4, but LOCAL_RANK is not set: start with"):
+    with pytest.raises(UsageError, match="LOCAL_RANK is not set, must be a whole number from 0"):
         _world_of_environment()

@@ -82,14 +82,6 @@ def test_a_rank_that_is_long_about_its_work_is_not_taken_for_dead(train):
     assert output.count("warning: --norm bn averages over each process's own images") == 1
 
 
-def test_a_rank_lost_while_the_run_is_set_up_is_told_in_one_line(train, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "notes.txt").touch()  # not ours: rank 0 refuses the folder
-    output = train(code=1)
-    assert "exists already" in output
-    assert "in _train" not in output  # no trace of ours
-
-
 @pytest.mark.parametrize("rank", [0, 1])
 def test_sigterm_to_one_rank_has_all_save_and_leave(train, resume, same_end, steps, rank):
     output = train(fault="sigterm", rank=rank, step=13)

@@ -58,7 +58,7 @@ def test_it_goes_on_where_it_was_stopped(draw, monkeypatch):
 def test_all_ranks_take_the_checkpoint_that_rank_0_found(tiny_run):
     """Not their own newest one: a run may go on meanwhile."""
     found = tiny_run / "checkpoints" / "step_00000004"
-    world = SimpleNamespace(is_chief=False, from_chief=lambda make: str(found))
+    world = SimpleNamespace(from_chief=lambda make: str(found), together=lambda run: run())
     options = SampleOptions(checkpoint="not-asked-for")
     assert command._load(options, torch.device("cpu"), world).path == found
 

@@ -27,13 +27,13 @@ GLOO = ("--backend", "gloo", "--demo")
     ("argv", "said"),
     [
         (["--gpu", "1"], "unknown flag --gpu (did you mean '--gpus'?)"),
-        (["--gpus", "0"], "gpus holds 0, must hold numbers of at least 1"),
+        (["--gpus", "0"], "--gpus 0 must be from 1 to"),
         (["--backend", "mpi"], "('nccl', 'gloo')"),
         ([*GLOO, "--gpus", "1,2,3"], "--batch-size 16 is the strong rows' whole batch and must be "
          "divisible by each of --gpus: by 3 it is not; 12 and 18 are"),
         ([*GLOO, "--gpus", "2", "--global-batch", "1"], "--global-batch 1 is"),
         ([*GLOO, "--gpus", "2", "--global-batch", "1"], "by 2 it is not; 2 is"),
-        (["--windows", "4"], "windows=4 must be at least 5"),
+        (["--windows", "4"], "--windows 4 must be from 5 to"),
         (["--preset", "cifar"], "unknown preset 'cifar' (did you mean 'cifar10'?)"),
         (["--interconnect", "h200"], "must be one of h200-nvlink"),
         ([*GLOO, "--interconnect", "h200-nvlink"], "--interconnect is for GPUs"),

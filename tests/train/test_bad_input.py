@@ -42,13 +42,14 @@ def refuses(tmp_path, tiny, refused, tree):
         ("--preset mnist", 2, "unknown preset 'mnist'; presets: digits, cifar10, seed-cifar10"),
         ("--preset digit", 2, "did you mean 'digits'?"),
         ("--batch_sise 4", 2, "unknown flag --batch_sise (did you mean '--batch-size'?)"),
-        ("--batch-size 0", 2, "batch_size=0 must be at least 1"),
-        ("--image-size 17", 1, "image_size=17; allowed: multiples of 8"),
+        ("--batch-size 0", 2, "--batch-size 0 must be from 1 to"),
+        ("--image-size 17", 2, "image_size=17; allowed: multiples of 8"),
         ("--image-size 24 --channel-mults 1,2,2,2,2", 2, "must be divisible by 16"),
-        ("--data nowhere", 1, "no data called 'nowhere'; allowed: digits"),
-        ("--data ~nobody-of-this-name/x", 1, "no data called"),
+        ("--data nowhere", 2, "no data called 'nowhere'; allowed: digits"),
+        ("--data ~nobody-of-this-name/x", 2, "no data called"),
         ("--schedule linear", 2, "take more timesteps or another schedule"),  # at T = 5
-        ("--schedule linear --schedule-high nan", 2, "must stay in (0, 1)"),
+        ("--schedule linear --schedule-high 0.9", 2, "must stay in (0, 1)"),
+        ("--schedule-high nan", 2, "--schedule-high nan must be from"),
         ("--resume nowhere", 2, "no such run folder"),
     ],
 )
@@ -136,13 +137,13 @@ def test_labels_that_are_not_there(refuses, tmp_path, labelled):
 
 def test_a_run_folder_below_a_file(refuses, tmp_path):
     (tmp_path / "file").write_text("mine")
-    message = refuses(1, "--run-dir", tmp_path / "file" / "run")
+    message = refuses(2, "--run-dir", tmp_path / "file" / "run")
     assert "cannot be written: Not a directory" in message
 
 
 def test_a_run_folder_that_is_a_file(refuses, tmp_path):
     (tmp_path / "file").write_text("mine")
-    assert "exists already" in refuses(1, "--run-dir", tmp_path / "file")
+    assert "exists already" in refuses(2, "--run-dir", tmp_path / "file")
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
@@ -153,7 +154,7 @@ def test_a_run_folder_without_permission(refuses, tmp_path):
 
 def test_an_existing_run_without_resume(refused, tree, tiny_run, tiny):
     before = tree(tiny_run)
-    message = refused(main, [*tiny, "--run-dir", tiny_run], 1)
+    message = refused(main, [*tiny, "--run-dir", tiny_run], 2)
     assert message.startswith(f"{tiny_run} exists already")
     assert f"--resume {tiny_run}" in message
     assert tree(tiny_run) == before
@@ -289,7 +290,9 @@ def test_resume_where_the_configuration_is_damaged_takes_a_checkpoints_copy(
 
 def test_a_rank_that_does_not_see_the_run_folder_says_so():
     run = Run.__new__(Run)
-    run.world = SimpleNamespace(rank=1, from_chief=lambda make: "/not/here/step_00000002")
+    run.world = SimpleNamespace(
+        rank=1, from_chief=lambda make: "/not/here/step_00000002", together=lambda run: run()
+    )
     run.display = run.folder = SimpleNamespace(say=None)
     with pytest.raises(RunFolderError, match="rank 1 cannot see /not/here/step_00000002, which"):
         run.resume()
@@ -300,7 +303,9 @@ def test_a_rank_takes_the_set_that_rank_0_opened_or_opens_it_where_it_cannot(mon
     monkeypatch.setattr(setup, "open_data", lambda config, say: opened)
     monkeypatch.setattr(setup, "taken_over", lambda known: known)
     for known, expected in (("taken", "taken"), (None, opened)):
-        world = SimpleNamespace(is_chief=False, from_chief=lambda make, known=known: known)
+        world = SimpleNamespace(
+            is_chief=False, from_chief=lambda make, known=known: known, together=lambda run: run()
+        )
         assert setup.open_data_once(TrainConfig(), world, print) is expected
 
 
@@ -310,7 +315,10 @@ def test_rank_0_puts_a_large_set_that_lies_in_memory_where_the_others_can_map_it
     opened = ImageSet(images=np.zeros((4, 1, 16, 16), np.uint8), name="a", photographs=False)
     monkeypatch.setattr(setup, "open_data", lambda config, say: opened)
     config, handed = TrainConfig(data_root=str(tmp_path)), []
-    world = SimpleNamespace(is_chief=True, size=2, from_chief=lambda make: handed.append(make()))
+    world = SimpleNamespace(
+        is_chief=True, size=2, from_chief=lambda make: handed.append(make()),
+        together=lambda run: run(),
+    )  # fmt: skip
     assert setup.open_data_once(config, world, print) is opened and handed == [None]
     monkeypatch.setattr(setup, "HELD_BY_EACH_BYTES", 0)
     assert isinstance(setup.open_data_once(config, world, print).images, np.memmap)

@@ -2,14 +2,18 @@
 
 import json
 
+import numpy as np
 import pytest
+import torch
 
 from ddpm_fast.errors import UsageError
+from ddpm_fast.nn.config import UNetConfig
 from ddpm_fast.train.config import PRESETS, TrainConfig, parse_command
 
 # Every train flag of the original repository, with a value it could have had.
 ORIGINAL_FLAGS = {
     "--iterations 20000": ("iterations", 20000),
+    "--iterations 2e4": ("iterations", 20000),
     "--batch_size 96": ("batch_size", 96),
     "--learning_rate 2e-4": ("learning_rate", 2e-4),
     "--num_timesteps 500": ("num_timesteps", 500),
@@ -83,6 +87,12 @@ def test_a_configuration_survives_its_json(tmp_path):
     assert parsed(f"--config {path}") == config
 
 
+def test_help_shows_the_values_of_the_preset_that_is_given(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_command(["--preset", "cifar10", "--help"])
+    assert not stop.value.code and "800000" in capsys.readouterr().out
+
+
 def test_flags_win_over_config_and_config_over_the_preset(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"preset": "cifar10", "batch_size": 5, "seed": 3}))
@@ -101,12 +111,13 @@ def test_a_new_run_does_not_take_the_folder_of_the_one_it_copies(tmp_path):
     ("key", "value"),
     [("schedule", "foo"), ("precision", "fp16"), ("batch_size", "8"), ("batch_size", True),
      ("batch_size", 8.0), ("channel_mults", 5), ("channel_mults", [1, "2"]), ("data", 3),
-     ("compile", "no"), ("seed", None), ("dropout", "0.1"), ("bach_size", 8)],
+     ("compile", "no"), ("seed", None), ("dropout", "0.1"), ("bach_size", 8),
+     ("data", "a\0b"), ("weight_decay", float("nan")), ("seed", 10**22)],
 )  # fmt: skip
 def test_a_value_of_the_wrong_kind_in_a_config_is_named(tmp_path, key, value):
     path = tmp_path / "config.json"
     path.write_text(json.dumps({key: value}))
-    with pytest.raises(UsageError, match=f"config.json.*{key}"):
+    with pytest.raises(UsageError, match=f"config.json.*{key.replace('_', '[-_]')}"):
         parsed(f"--config {path}")
 
 
@@ -144,7 +155,31 @@ def test_a_config_may_hold_null_and_whole_numbers_where_they_fit(tmp_path, key, 
     parsed(f"--config {path}")
 
 
-@pytest.mark.parametrize("text", ["not json", "[1, 2]", '"digits"', ""])
+def test_a_resumed_run_takes_its_own_values_again_and_a_folder_without_one_is_named(tmp_path):
+    (tmp_path / "config.json").write_text(TrainConfig(ema_decay=0.9).to_json())
+    assert parsed(f"--resume {tmp_path} --ema-decay 0.9").ema_decay == 0.9
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="--resume .*empty: not a run folder.* no config.json"):
+        parsed(f"--resume {tmp_path / 'empty'}")
+
+
+def test_numbers_of_numpy_and_torch_are_pythons_own_in_a_configuration():
+    own = TrainConfig(
+        iterations=np.int64(5), learning_rate=np.float32(0.5), channel_mults=[np.int8(1), 2],
+        attention_resolutions=torch.tensor([1]), seed=torch.tensor(7), dropout=np.array(0.25),
+    )  # fmt: skip
+    plain = TrainConfig(
+        iterations=5, learning_rate=0.5, channel_mults=(1, 2), attention_resolutions=(1,), seed=7,
+        dropout=0.25,
+    )  # fmt: skip
+    assert own == plain and own.to_json() == plain.to_json()
+    assert hash(own) == hash(plain)
+    net = UNetConfig(img_channels=np.int64(1), base_channels=torch.tensor(32), channel_mults=[1])
+    assert net == UNetConfig(img_channels=1, base_channels=32, channel_mults=(1,))
+    assert json.dumps(net.to_json())
+
+
+@pytest.mark.parametrize("text", ["not json", "[1, 2]", '"digits"', "", "[" * 100_000])
 def test_a_config_that_is_none_is_refused(tmp_path, text):
     path = tmp_path / "config.json"
     path.write_text(text)
@@ -155,23 +190,30 @@ def test_a_config_that_is_none_is_refused(tmp_path, text):
 @pytest.mark.parametrize(
     ("argv", "told"),
     [
-        ("--iterations 0", "iterations=0 must be at least 1"),
-        ("--batch-size -3", "batch_size=-3 must be at least 1"),
-        ("--sample-images 1000000000000", "sample_images=1000000000000 must be at most 65536"),
-        ("--learning-rate nan", "learning_rate=nan must be positive and finite"),
-        ("--learning-rate inf", "learning_rate=inf must be positive and finite"),
+        ("--iterations 0", "--iterations 0 must be from 1"),
+        ("--batch-size -3", "--batch-size -3 must be from 1"),
+        ("--learning-rate nan", "--learning-rate nan must be from"),
+        ("--learning-rate inf", "--learning-rate inf must be from"),
         ("--ema-decay 1", "ema_decay=1.0, extra_ema_decays=(): each must be in [0, 1)"),
         ("--extra-ema-decays 0.9,1.5", "extra_ema_decays=(0.9, 1.5): each must be in [0, 1)"),
         ("--extra-ema-decays 0.995", "extra_ema_decays=(0.995,) must differ from each other"),
-        ("--grad-clip nan", "grad_clip=nan must not be negative"),
-        ("--seed -1", "seed=-1 must be from 0 to 2"),
-        ("--seed 9223372036854775808", "must be from 0 to 2"),
+        ("--grad-clip nan", "--grad-clip nan must be from 0"),
+        ("--seed -1", "--seed -1 must be from 0 to 9223372036854775807"),
+        ("--seed 9223372036854775808", "must be from 0 to 9223372036854775807"),
         ("--dropout 1", "dropout=1.0 must be in"),
         ("--attention-resolutions 3", "must hold level indices from 0 to 2"),
         ("--num-groups 5", "num_groups=5 must divide channels=32"),
         ("--device tpu", "device='tpu' must be auto, cpu, cuda or cuda:N"),
         ("--channel-mults", "channel_mults"),
-        ("--channel-mults 1,x", "channel-mults"),
+        ("--channel-mults 1,x", "--channel-mults was given '1,x'; allowed: a whole number"),
+        ("--base-channels 1000000", "--base-channels 1000000 must be from 1 to"),
+        ("--base-channels 64 --channel-mults 1,1000", "must be at most 16384 channels"),
+        ("--batch-size 1e22", "--batch-size was given '1e22'"),
+        ("--batch-size 1e12", "--batch-size 1000000000000 must be from 1 to"),
+        ("--sample-images 1e12", "--sample-images 1000000000000 must be from 1 to"),
+        ("--weight-decay inf", "--weight-decay inf must be from"),
+        ("--schedule-low nan", "--schedule-low nan must be from"),
+        ("--timeout nan", "--timeout nan must be from"),
         ("--schedule cosin", "('linear', 'cosine', 'sigmoid')"),
         ("--preset cifar11", "did you mean 'cifar10'?"),
         ("--bach-size 3", "unknown flag --bach-size (did you mean '--batch-size'?)"),
@@ -188,8 +230,8 @@ def test_a_config_that_is_none_is_refused(tmp_path, text):
         ("--no-compile maybe", "'maybe'"),
         ("--tf32 auto", "'auto'"),
         ("--cudnn-algorithms 11", "('10', 'all')"),
-        ("--profile -1", "profile=-1 must be from 0 to 1000"),
-        ("--profile 1001", "profile=1001 must be from 0 to 1000"),
+        ("--profile -1", "--profile -1 must be from 0 to 1000"),
+        ("--profile 1001", "--profile 1001 must be from 0 to 1000"),
         ("--profile", "--profile"),
         ("--profile 1.5", "'1.5'"),
     ],

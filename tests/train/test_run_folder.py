@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import math
+import os
 import threading
 from contextlib import contextmanager
 
@@ -45,6 +46,25 @@ def test_it_holds_the_files_of_the_contract_and_no_others(run, tree):
         expected |= {saved, f"{saved}/manifest.json"}
         expected |= {f"{saved}/{name}.safetensors" for name in ("model", "ema", "optimizer")}
     assert {path.as_posix() for path in tree(run)} == expected
+
+
+def test_a_folder_whose_name_is_no_utf_8_is_trained_in_resumed_and_sampled_from(
+    tmp_path, tiny, capsys
+):
+    from ddpm_fast.sample import main as sample
+
+    photos, run, out = (tmp_path / os.fsdecode(name) for name in (b"photo\xff", b"r\xff", b"o\xff"))
+    photos.mkdir()
+    Image.new("L", (16, 16)).save(photos / os.fsdecode(b"1\xff.png"))
+    flags = ["--data", photos, "--data-root", tmp_path / "data", "--sample-every", 0]
+    argv = [*tiny, *flags, "--run-dir", run, "--iterations", 1]
+    assert main([str(word) for word in argv]) == 0
+    assert main(["--resume", str(run), "--iterations", "2"]) == 0
+    assert "resumed after step 1" in (run / "log.txt").read_text()
+    drawn = ["--checkpoint", run, "--out", out, "--num-images", 1, "--steps", 1, "--device", "cpu"]
+    assert sample([str(word) for word in drawn]) == 0
+    assert f"{tmp_path}/o\\udcff" in capsys.readouterr().out
+    assert (out / "00000000.png").is_file()
 
 
 def test_metrics_are_a_row_for_each_logged_step(run):
