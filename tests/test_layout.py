@@ -13,10 +13,10 @@ PACKAGE = ROOT / "ddpm_fast"
 
 # A part of ddpm_fast, a module or a package, imports parts of lower rank only.
 RANKS = {
-    "errors": 0, "values": 0, "arguments": 0, "_C": 0,
+    "errors": 0, "files": 0, "values": 0, "arguments": 0, "_C": 0,
     "kernels": 1,
     "ops": 2, "graphs": 2, "ema": 2, "fused_adamw": 2,
-    "nn": 3, "diffusion": 3, "data": 3, "device": 3, "distributed": 3, "images": 3,
+    "nn": 3, "diffusion": 3, "data": 3, "device": 3, "distributed": 3,
     "heartbeat": 3, "metrics": 3, "monitoring": 3, "optimizer": 3,
     "checkpoint": 4, "checkpoint_writer": 4, "convert": 4,
     "loading": 5, "train": 5,
@@ -27,6 +27,7 @@ RANKS = {
 }  # fmt: skip
 ALSO = {
     "distributed": {"device", "heartbeat"},
+    "files": {"errors"},
     "values": {"errors"},
     "arguments": {"errors", "values"},
     "fused_adamw": {"ema"},

@@ -32,7 +32,7 @@ from ddpm_fast.distributed import (
     told_if_rank_lost,
 )
 from ddpm_fast.errors import Failure, UsageError, nearest
-from ddpm_fast.images import grid, grid_scale, save_gif, save_png, to_uint8
+from ddpm_fast.files.images import grid, grid_scale, save_gif, save_png, to_uint8
 from ddpm_fast.loading import Trained, load_trained
 from ddpm_fast.sampling.folder import COLOUR_TYPES, SampleFolder
 from ddpm_fast.sampling.options import PROG, SampleOptions

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from ddpm_fast.errors import UsageError
-from ddpm_fast.images import save_png
+from ddpm_fast.files.images import save_png
 
 RECORD = "samples.json"
 _LEFTOVER = re.compile(r"\.(\d{8}|grid)\.png\.\d+\.tmp|\.samples\.(npz|json)\.tmp")

@@ -24,7 +24,7 @@ from ddpm_fast.distributed import (
     told_if_rank_lost,
 )
 from ddpm_fast.errors import UsageError
-from ddpm_fast.images import grid, grid_scale, save_png, to_uint8
+from ddpm_fast.files.images import grid, grid_scale, save_png, to_uint8
 from ddpm_fast.kernels.impl import runs_interpreted
 from ddpm_fast.monitoring.devices import gpus_in_use
 from ddpm_fast.monitoring.monitor import Monitor

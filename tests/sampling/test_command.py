@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm_fast import UNet, checkpoint, images
+from ddpm_fast import UNet, checkpoint
 from ddpm_fast.diffusion.sampler import sample_images
+from ddpm_fast.files import images
 from ddpm_fast.loading import load_trained
 from ddpm_fast.nn import config as nn_config
 from ddpm_fast.sample import main

@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm_fast import images
 from ddpm_fast.errors import NotFinite
-from ddpm_fast.images import grid, grid_scale, save_gif, save_png, to_uint8
+from ddpm_fast.files import images
+from ddpm_fast.files.images import grid, grid_scale, save_gif, save_png, to_uint8
 
 
 def test_to_uint8_undoes_the_scaling_of_every_value():
