@@ -132,7 +132,7 @@ def _foreach_step(parameters: list[Tensor], averages: list[Tensor]) -> Call:
 
 
 def _trainers_step(parameters: list[Tensor], averages: list[Tensor]) -> Call:
-    from ddpm_fast.ema import move_averages
+    from ddpm_fast.optim.ema import move_averages
 
     share = torch.tensor(EMA_WEIGHT, device=parameters[0].device)
     return _torchs_step(parameters, lambda weights: move_averages(averages, weights, share))
@@ -150,7 +150,7 @@ def _torchs_step(parameters: list[Tensor], average: Callable[[list[Tensor]], Non
 
 
 def _fused_step(parameters: list[Tensor], averages: list[Tensor]) -> Call:
-    from ddpm_fast.fused_adamw import FusedAdamW
+    from ddpm_fast.optim.fused_adamw import FusedAdamW
 
     optimizer = FusedAdamW(parameters)
     ema_weights = torch.full((1,), EMA_WEIGHT, device=parameters[0].device)

@@ -14,7 +14,7 @@ _HOMES = {
     "Diffusion": "ddpm_fast.diffusion.process",
     "sample_images": "ddpm_fast.diffusion.sampler",
     "Sampler": "ddpm_fast.diffusion.sampler",
-    "EMA": "ddpm_fast.ema",
+    "EMA": "ddpm_fast.optim.ema",
     "load": "ddpm_fast.loading",
     "save": "ddpm_fast.loading",
 }

@@ -15,9 +15,9 @@ PACKAGE = ROOT / "ddpm_fast"
 RANKS = {
     "errors": 0, "files": 0, "values": 0, "arguments": 0, "_C": 0,
     "kernels": 1,
-    "ops": 2, "graphs": 2, "ema": 2, "fused_adamw": 2,
+    "ops": 2, "graphs": 2,
     "nn": 3, "diffusion": 3, "data": 3, "device": 3, "distributed": 3,
-    "heartbeat": 3, "metrics": 3, "monitoring": 3, "optimizer": 3,
+    "heartbeat": 3, "metrics": 3, "monitoring": 3, "optim": 3,
     "checkpoint": 4, "checkpoint_writer": 4, "convert": 4,
     "loading": 5, "train": 5,
     "sampling": 6, "doctor": 6, "scaling": 6,
@@ -30,7 +30,6 @@ ALSO = {
     "files": {"errors"},
     "values": {"errors"},
     "arguments": {"errors", "values"},
-    "fused_adamw": {"ema"},
     "checkpoint_writer": {"checkpoint"},
     "convert": {"checkpoint"},
 }

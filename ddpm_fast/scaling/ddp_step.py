@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ddpm_fast.diffusion.process import Diffusion
-from ddpm_fast.ema import EMA
 from ddpm_fast.nn.unet import UNet
-from ddpm_fast.optimizer import make_optimizer
+from ddpm_fast.optim.ema import EMA
+from ddpm_fast.optim.optimizer import make_optimizer
 
 RESIDENT_IMAGES = 4096
 

@@ -28,7 +28,7 @@ from ddpm_fast.files.images import grid, grid_scale, save_png, to_uint8
 from ddpm_fast.kernels.impl import runs_interpreted
 from ddpm_fast.monitoring.devices import gpus_in_use
 from ddpm_fast.monitoring.monitor import Monitor
-from ddpm_fast.optimizer import state_tensors
+from ddpm_fast.optim.optimizer import state_tensors
 from ddpm_fast.train.classes import class_lines
 from ddpm_fast.train.config import PROG, Invocation, TrainConfig
 from ddpm_fast.train.estimate import length_estimate

@@ -9,7 +9,7 @@ from typing import Any
 
 from ddpm_fast import checkpoint
 from ddpm_fast.checkpoint import Checkpoint, CheckpointError, average_part
-from ddpm_fast.optimizer import load_state_tensors
+from ddpm_fast.optim.optimizer import load_state_tensors
 from ddpm_fast.train.config import RESUMABLE
 from ddpm_fast.train.run_folder import RunFolder
 from ddpm_fast.train.step import TrainStep

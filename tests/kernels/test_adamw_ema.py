@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 import ddpm_fast as df
-from ddpm_fast.fused_adamw import FusedAdamW
 from ddpm_fast.kernels import adamw_ema as kernel
 from ddpm_fast.kernels.adamw_ema_launch import Numbers, Tables
+from ddpm_fast.optim.fused_adamw import FusedAdamW
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

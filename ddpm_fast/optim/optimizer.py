@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from ddpm_fast.fused_adamw import FusedAdamW
+from ddpm_fast.optim.fused_adamw import FusedAdamW
 
 
 def make_optimizer(

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from ddpm_fast.ema import move_averages
 from ddpm_fast.kernels.adamw_ema_launch import Numbers, Tables
 from ddpm_fast.kernels.impl import chosen_impl, refuse_fused
 from ddpm_fast.kernels.target import why_not_fused
+from ddpm_fast.optim.ema import move_averages
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _CAPTURED_TOO_SOON = "FusedAdamW: take a step like the captured one before the capture"

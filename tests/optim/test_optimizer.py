@@ -8,8 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from ddpm_fast.fused_adamw import FusedAdamW
-from ddpm_fast.optimizer import learning_rate_at, load_state_tensors, make_optimizer, state_tensors
+from ddpm_fast.optim.fused_adamw import FusedAdamW
+from ddpm_fast.optim.optimizer import (
+    learning_rate_at,
+    load_state_tensors,
+    make_optimizer,
+    state_tensors,
+)
 
 
 def net(channels_last=False):

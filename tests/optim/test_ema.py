@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from ddpm_fast import EMA
-from ddpm_fast import ema as ema_module
-from ddpm_fast.ema import move_in_one_launch
+from ddpm_fast.optim import ema as ema_module
+from ddpm_fast.optim.ema import move_in_one_launch
 
 
 def net(seed=0):

@@ -1,0 +1,1 @@
+"""What trains a net: the optimizer, its fused step, averages of the weights."""
