@@ -10,8 +10,8 @@ from bench.convolutions import LIMITS, UPSAMPLED, algorithms
 from bench.part import Part
 from bench.results import Results
 from bench.step_parts import measure_step_parts
-from ddpm_fast.nn.blocks import Upsample
 from ddpm_fast.nn.unet import UNet
+from ddpm_fast.nn.upsample import Upsample
 
 CPU = torch.device("cpu")
 
