@@ -15,7 +15,7 @@ from bench.failures import DeviceLost, failure, is_lost
 from bench.model_parity import check
 from bench.models import Model, Setup, weights_of
 from bench.results import Results
-from ddpm_fast import checkpoint
+from ddpm_fast.checkpoints import own as checkpoint
 from ddpm_fast.diffusion.process import Diffusion
 from ddpm_fast.nn.config import UNetConfig
 from ddpm_fast.sampling.command import draw

@@ -139,8 +139,8 @@ def sample(device: torch.device, tiny: bool) -> Found:
 
 def save_and_load(device: torch.device, tiny: bool) -> Found:
     """A checkpoint as a run writes it, from the device through a thread; the same bits back."""
-    from ddpm_fast import checkpoint
-    from ddpm_fast.checkpoint_writer import CheckpointWriter
+    from ddpm_fast.checkpoints import own as checkpoint
+    from ddpm_fast.checkpoints.writer import CheckpointWriter
 
     net = Model(_setup("ours", tiny), device, 1, tiny=tiny).net
     with tempfile.TemporaryDirectory() as folder:

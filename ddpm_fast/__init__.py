@@ -15,8 +15,8 @@ _HOMES = {
     "sample_images": "ddpm_fast.diffusion.sampler",
     "Sampler": "ddpm_fast.diffusion.sampler",
     "EMA": "ddpm_fast.optim.ema",
-    "load": "ddpm_fast.loading",
-    "save": "ddpm_fast.loading",
+    "load": "ddpm_fast.checkpoints.load",
+    "save": "ddpm_fast.checkpoints.load",
 }
 
 __all__ = [

@@ -10,7 +10,7 @@ import threading
 import pytest
 import torch
 
-from ddpm_fast import checkpoint
+from ddpm_fast.checkpoints import own as checkpoint
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs fork or rlimits")
 WAIT_S = 30  # for what comes at once; only a hang takes so long

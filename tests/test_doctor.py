@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddpm_fast import checkpoint, ops
+from ddpm_fast import ops
+from ddpm_fast.checkpoints import own as checkpoint
 from ddpm_fast.diffusion.process import Diffusion
 from ddpm_fast.doctor import checks, gpu, machine, pieces
 from ddpm_fast.doctor.__main__ import main

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ddpm_fast as df
-from ddpm_fast import checkpoint
+from ddpm_fast.checkpoints import own as checkpoint
 from ddpm_fast.train.__main__ import main
 from tests import original
 from tests.conftest import TINY, threads

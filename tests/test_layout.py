@@ -18,8 +18,8 @@ RANKS = {
     "ops": 2, "graphs": 2,
     "nn": 3, "diffusion": 3, "data": 3, "device": 3, "distributed": 3,
     "heartbeat": 3, "metrics": 3, "monitoring": 3, "optim": 3,
-    "checkpoint": 4, "checkpoint_writer": 4, "convert": 4,
-    "loading": 5, "train": 5,
+    "checkpoints": 4,
+    "train": 5,
     "sampling": 6, "doctor": 6, "scaling": 6,
     "sample": 7, "cli": 7,
     "__main__": 8,
@@ -30,8 +30,6 @@ ALSO = {
     "files": {"errors"},
     "values": {"errors"},
     "arguments": {"errors", "values"},
-    "checkpoint_writer": {"checkpoint"},
-    "convert": {"checkpoint"},
 }
 
 USES_TORCH = {"ddpm_fast.data.order", "ddpm_fast.data.batches", "ddpm_fast.data.read_ahead"}

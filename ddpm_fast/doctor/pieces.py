@@ -123,7 +123,7 @@ def check_checkpoint() -> Finding:
     """Written to a temporary folder, read back, compared."""
     import torch
 
-    from ddpm_fast import checkpoint
+    from ddpm_fast.checkpoints import own as checkpoint
 
     weights = {"weight": torch.linspace(-1, 1, 1000)}
     try:

@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
+from ddpm_fast.checkpoints.load import Trained, load_trained
 from ddpm_fast.device import is_out_of_memory
 from ddpm_fast.diffusion.compiling import pays
 from ddpm_fast.diffusion.sampler import OnStep, Sampler
@@ -33,7 +34,6 @@ from ddpm_fast.distributed import (
 )
 from ddpm_fast.errors import Failure, UsageError, nearest
 from ddpm_fast.files.images import grid, grid_scale, save_gif, save_png, to_uint8
-from ddpm_fast.loading import Trained, load_trained
 from ddpm_fast.sampling.folder import COLOUR_TYPES, SampleFolder
 from ddpm_fast.sampling.options import PROG, SampleOptions
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from ddpm_fast import checkpoint
-from ddpm_fast.checkpoint_writer import CheckpointWriter
+from ddpm_fast.checkpoints import own as checkpoint
+from ddpm_fast.checkpoints.writer import CheckpointWriter
 from ddpm_fast.data import ImageSet
 from ddpm_fast.diffusion.sampler import sample_images
 from ddpm_fast.distributed import (

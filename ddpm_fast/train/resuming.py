@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from ddpm_fast import checkpoint
-from ddpm_fast.checkpoint import Checkpoint, CheckpointError, average_part
+from ddpm_fast.checkpoints import own as checkpoint
+from ddpm_fast.checkpoints.own import Checkpoint, CheckpointError, average_part
 from ddpm_fast.optim.optimizer import load_state_tensors
 from ddpm_fast.train.config import RESUMABLE
 from ddpm_fast.train.run_folder import RunFolder

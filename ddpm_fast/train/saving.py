@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ddpm_fast.checkpoint import CheckpointError, Tensors
-from ddpm_fast.checkpoint_writer import CheckpointWriter
+from ddpm_fast.checkpoints.own import CheckpointError, Tensors
+from ddpm_fast.checkpoints.writer import CheckpointWriter
 
 # The state's parts and the manifest's facts, as of checkpoint.save
 State = Callable[[], tuple[Mapping[str, Tensors], Mapping[str, Any]]]

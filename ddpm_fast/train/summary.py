@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ddpm_fast import checkpoint
+from ddpm_fast.checkpoints import own as checkpoint
 from ddpm_fast.data import ImageSet
 from ddpm_fast.diffusion.sampler import sample_images
 from ddpm_fast.errors import NotFinite

@@ -163,7 +163,7 @@ def test_every_kernel_is_checked_and_a_wrong_one_is_red(monkeypatch):
 
 
 def test_a_checkpoint_that_comes_back_with_another_bit_is_red(monkeypatch):
-    from ddpm_fast import checkpoint
+    from ddpm_fast.checkpoints import own as checkpoint
 
     load = checkpoint.load_newest
 

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from ddpm_fast import checkpoint
+from ddpm_fast.checkpoints import own as checkpoint
 from ddpm_fast.data import open_images
 from ddpm_fast.distributed import ALONE
 from ddpm_fast.train.__main__ import main

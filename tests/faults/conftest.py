@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from ddpm_fast import checkpoint
+from ddpm_fast.checkpoints import own as checkpoint
 from tests.distributed.conftest import REPOSITORY, run_ranks, start_ranks  # noqa: F401
 
 FLAGS = ("--iterations", 40, "--checkpoint-every", 10, "--log-every", 4, "--sample-every", 0,

@@ -10,7 +10,7 @@ import threading
 import time
 from pathlib import Path
 
-from ddpm_fast import checkpoint
+from ddpm_fast.checkpoints import own as checkpoint
 from ddpm_fast.diffusion.process import Diffusion
 from ddpm_fast.train import loop, setup
 from ddpm_fast.train.__main__ import main

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm_fast import UNet, checkpoint
+from ddpm_fast import UNet
+from ddpm_fast.checkpoints import own as checkpoint
+from ddpm_fast.checkpoints.load import load_trained
 from ddpm_fast.diffusion.sampler import sample_images
 from ddpm_fast.files import images
-from ddpm_fast.loading import load_trained
 from ddpm_fast.nn import config as nn_config
 from ddpm_fast.sample import main
 from ddpm_fast.sampling import command

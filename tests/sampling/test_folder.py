@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
+from ddpm_fast.checkpoints.load import load_trained
 from ddpm_fast.files import images
-from ddpm_fast.loading import load_trained
 from ddpm_fast.sample import main
 from ddpm_fast.sampling import command
 from ddpm_fast.sampling.folder import SampleFolder

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import ddpm_fast as df
-from ddpm_fast import checkpoint
+from ddpm_fast.checkpoints import own as checkpoint
 from ddpm_fast.sample import main as sample
 
 FLAGS = ("--extra-ema-decays", "0.5,0.9", "--ema-decay", 0.99, "--ema-warmup", "False",

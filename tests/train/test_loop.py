@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ddpm_fast import checkpoint
-from ddpm_fast.checkpoint_writer import CheckpointWriter
+from ddpm_fast.checkpoints import own as checkpoint
+from ddpm_fast.checkpoints.writer import CheckpointWriter
 from ddpm_fast.diffusion.process import Diffusion
 from ddpm_fast.distributed import ALONE
 from ddpm_fast.train import loop, summary

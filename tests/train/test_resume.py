@@ -11,8 +11,8 @@ import time
 import pytest
 import torch
 
-from ddpm_fast import checkpoint
-from ddpm_fast.checkpoint import steps_in
+from ddpm_fast.checkpoints import own as checkpoint
+from ddpm_fast.checkpoints.own import steps_in
 from ddpm_fast.data import batches, read_ahead
 from ddpm_fast.data.read_ahead import ReadAhead
 from ddpm_fast.train import loop, stopping

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from ddpm_fast import checkpoint
+from ddpm_fast.checkpoints import own as checkpoint
 from ddpm_fast.train import run_folder
 from ddpm_fast.train.__main__ import main
 from ddpm_fast.train.config import TrainConfig, parse_command

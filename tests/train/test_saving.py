@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from ddpm_fast import checkpoint
+from ddpm_fast.checkpoints import own as checkpoint
 from ddpm_fast.train.__main__ import main
 from ddpm_fast.train.step import TrainStep
 from tests.checkpoint_states import WAIT_S

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_fast import checkpoint
-from ddpm_fast.checkpoint import CheckpointError, Tensors
+from ddpm_fast.checkpoints import own as checkpoint
+from ddpm_fast.checkpoints.own import CheckpointError, Tensors
 
 # Torch rounds page-locked memory up to a power of two: 1.8 times the state for a block per 3x3
 # convolution, next to nothing for blocks of this size.
@@ -35,7 +35,7 @@ def _tell(text: str) -> None:
 class CheckpointWriter:
     """Writes checkpoints into `folder`, one at a time, in a thread.
 
-    folder, keep, keep_every  as of :func:`ddpm_fast.checkpoint.save`
+    folder, keep, keep_every  as of :func:`ddpm_fast.checkpoints.own.save`
     warn                      told of a failed write when another exception is already under way,
                               and, in the thread, of an old checkpoint that cannot be removed
 
@@ -70,7 +70,7 @@ class CheckpointWriter:
     def save(self, step: int, parts: Mapping[str, Tensors], facts: Mapping[str, Any]) -> None:
         """Copy `parts` and begin to write them; they may be altered as soon as this returns.
 
-        step, parts, facts  as of :func:`ddpm_fast.checkpoint.save`
+        step, parts, facts  as of :func:`ddpm_fast.checkpoints.own.save`
         raises              CheckpointError  the write before this one failed
         """
         start = time.perf_counter()

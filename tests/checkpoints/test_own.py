@@ -14,8 +14,15 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import ddpm_fast
-from ddpm_fast import checkpoint
-from ddpm_fast.checkpoint import CheckpointError, check_state, load, load_newest, save, steps_in
+from ddpm_fast.checkpoints import own as checkpoint
+from ddpm_fast.checkpoints.own import (
+    CheckpointError,
+    check_state,
+    load,
+    load_newest,
+    save,
+    steps_in,
+)
 
 
 def parts(value):
@@ -327,7 +334,7 @@ KILLED_SAVES = """
 import json, os, sys
 from pathlib import Path
 import torch
-from ddpm_fast.checkpoint import load_newest, save
+from ddpm_fast.checkpoints.own import load_newest, save
 
 root, again = Path(sys.argv[1]), sys.argv[2] == "again"
 EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree")

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from ddpm_fast import checkpoint
-from ddpm_fast.checkpoint import CheckpointError
-from ddpm_fast.convert import original
+from ddpm_fast.checkpoints import original
+from ddpm_fast.checkpoints import own as checkpoint
+from ddpm_fast.checkpoints.own import CheckpointError
 from ddpm_fast.diffusion.process import Diffusion
 from ddpm_fast.errors import UsageError
 from ddpm_fast.nn import config as nn_config

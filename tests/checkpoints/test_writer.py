@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddpm_fast import checkpoint, checkpoint_writer
-from ddpm_fast.checkpoint import CheckpointError, load, load_newest, steps_in
-from ddpm_fast.checkpoint_writer import CheckpointWriter, HostCopy, places_in_blocks
+from ddpm_fast.checkpoints import own as checkpoint
+from ddpm_fast.checkpoints import writer as checkpoint_writer
+from ddpm_fast.checkpoints.own import CheckpointError, load, load_newest, steps_in
+from ddpm_fast.checkpoints.writer import CheckpointWriter, HostCopy, places_in_blocks
 from tests.checkpoint_states import WAIT_S, parts, value_of
 
 

@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ddpm_fast as df
-from ddpm_fast import checkpoint
-from ddpm_fast.checkpoint import CheckpointError
+from ddpm_fast.checkpoints import own as checkpoint
+from ddpm_fast.checkpoints.load import load_trained
+from ddpm_fast.checkpoints.own import CheckpointError
 from ddpm_fast.errors import UsageError
-from ddpm_fast.loading import load_trained
 from ddpm_fast.nn.config import UNetConfig
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 NAMES = ("seed_uncond", "seed_classes", "seed_relu_pad")
 
 

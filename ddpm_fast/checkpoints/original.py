@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ddpm_fast.checkpoint import CheckpointError
+from ddpm_fast.checkpoints.own import CheckpointError
 from ddpm_fast.diffusion.process import Diffusion
 
 WRAPPERS = ("module", "_orig_mod")  # of DDP and torch.compile; no part of our nets has these names

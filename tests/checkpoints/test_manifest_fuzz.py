@@ -7,8 +7,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from ddpm_fast import checkpoint
-from ddpm_fast.checkpoint import OWN_DIGEST, CheckpointError
+from ddpm_fast.checkpoints import own as checkpoint
+from ddpm_fast.checkpoints.own import OWN_DIGEST, CheckpointError
 from tests.checkpoint_states import parts
 
 WORDS = st.text(max_size=6)

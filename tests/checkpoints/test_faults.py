@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import ddpm_fast
-from ddpm_fast.checkpoint import CheckpointError, load_newest, steps_in
-from ddpm_fast.checkpoint_writer import CheckpointWriter
+from ddpm_fast.checkpoints.own import CheckpointError, load_newest, steps_in
+from ddpm_fast.checkpoints.writer import CheckpointWriter
 from tests.checkpoint_states import parts, posix, put_pickle, value_of
 
 
@@ -110,9 +110,9 @@ KILLED_WRITERS = """
 import json, os, signal, sys
 from pathlib import Path
 import torch
-from ddpm_fast import checkpoint
-from ddpm_fast.checkpoint import load_newest, steps_in
-from ddpm_fast.checkpoint_writer import CheckpointWriter
+from ddpm_fast.checkpoints import own as checkpoint
+from ddpm_fast.checkpoints.own import load_newest, steps_in
+from ddpm_fast.checkpoints.writer import CheckpointWriter
 
 torch.set_num_threads(1)
 STAGES = {
@@ -234,8 +234,8 @@ import json, os, sys
 from pathlib import Path
 import numpy.ctypeslib  # while its files can be read: another user may not
 import torch
-from ddpm_fast.checkpoint import CheckpointError, load_newest, steps_in
-from ddpm_fast.checkpoint_writer import CheckpointWriter
+from ddpm_fast.checkpoints.own import CheckpointError, load_newest, steps_in
+from ddpm_fast.checkpoints.writer import CheckpointWriter
 
 def parts(value):
     return {"model": {"w": torch.full((64, 8), float(value))}}

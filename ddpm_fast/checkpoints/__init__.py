@@ -1,0 +1,1 @@
+"""Saved nets: own.py (our format), writer.py, load.py, original.py (the original's .pth files)."""

@@ -1,1 +1,0 @@
-"""Weights of other implementations: original.py reads the original repository's .pth files."""
