@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ddpm_fast.monitoring.devices import nvml_uuid
+from ddpm_fast.runtime.gpus import nvml_uuid
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMIT_VARIABLE, UNKNOWN_COMMIT = "DDPM_FAST_COMMIT", "unknown"

@@ -22,7 +22,7 @@ from bench.models import MEMORY, SAMPLING, TRAINING, Model, Setup, side_of
 from bench.results import Results
 from bench.sample_command import measure_command
 from bench.timing import Call, Samples, speedup, time_in_turns
-from ddpm_fast.graphs import WARM_UP_CALLS
+from ddpm_fast.runtime.graphs import WARM_UP_CALLS
 
 BATCHES = (512, 128)  # the next where one does not fit; of captured steps both, the preset's first
 SAMPLED_IMAGES, DDIM_STEPS = (1, 256, 16), 50

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from bench import diffusers_unet
 from bench.diffusers_unet import weights_for_diffusers
 from bench.original_unet import OriginalUNet
-from ddpm_fast.graphs import CapturedCall
 from ddpm_fast.nn.config import UNetConfig, preset
 from ddpm_fast.nn.unet import UNet
+from ddpm_fast.runtime.graphs import CapturedCall
 
 TINY = dict(base_channels=16, channel_mults=(1, 2), num_groups=8, time_emb_dim=16)
 PARITY_IMAGES = 2  # the first of every batch, the same whatever its size

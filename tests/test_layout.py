@@ -15,9 +15,9 @@ PACKAGE = ROOT / "ddpm_fast"
 RANKS = {
     "errors": 0, "files": 0, "values": 0, "arguments": 0, "_C": 0,
     "kernels": 1,
-    "ops": 2, "graphs": 2,
-    "nn": 3, "diffusion": 3, "data": 3, "device": 3, "distributed": 3,
-    "heartbeat": 3, "metrics": 3, "monitoring": 3, "optim": 3,
+    "ops": 2, "runtime": 2,
+    "nn": 3, "diffusion": 3, "data": 3,
+    "metrics": 3, "optim": 3,
     "checkpoints": 4,
     "train": 5,
     "sampling": 6, "doctor": 6, "scaling": 6,
@@ -26,7 +26,6 @@ RANKS = {
     "": 9,  # __init__.py: the public names
 }  # fmt: skip
 ALSO = {
-    "distributed": {"device", "heartbeat"},
     "files": {"errors"},
     "values": {"errors"},
     "arguments": {"errors", "values"},

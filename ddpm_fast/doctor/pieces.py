@@ -30,10 +30,10 @@ def check_extension() -> Finding:
 
 def check_impl() -> Finding:
     """Which implementation DDPM_FAST_IMPL chooses."""
-    from ddpm_fast.device import pick_device
     from ddpm_fast.kernels import extension
     from ddpm_fast.kernels.impl import IMPLS
     from ddpm_fast.kernels.target import why_not_fused
+    from ddpm_fast.runtime.device import pick_device
 
     given = os.environ.get("DDPM_FAST_IMPL")
     name = given or "auto"
@@ -139,7 +139,7 @@ def check_checkpoint() -> Finding:
 
 def check_training_step() -> Finding:
     """One step of the default run, with a small batch, on the device that it would take."""
-    from ddpm_fast.device import pick_device
+    from ddpm_fast.runtime.device import pick_device
     from ddpm_fast.train.config import TrainConfig
     from ddpm_fast.train.setup import make_step, open_data
 

@@ -21,19 +21,19 @@ from rich.console import Console
 from rich.progress import track
 
 from ddpm_fast.checkpoints.load import Trained, load_trained
-from ddpm_fast.device import is_out_of_memory
 from ddpm_fast.diffusion.compiling import pays
 from ddpm_fast.diffusion.sampler import OnStep, Sampler
 from ddpm_fast.diffusion.sampler_checks import default_steps
-from ddpm_fast.distributed import (
+from ddpm_fast.errors import Failure, UsageError, nearest
+from ddpm_fast.files.images import grid, grid_scale, save_gif, save_png, to_uint8
+from ddpm_fast.runtime.device import is_out_of_memory
+from ddpm_fast.runtime.ranks import (
     World,
     join,
     left_at_once_if_rank_lost,
     rank_device,
     told_if_rank_lost,
 )
-from ddpm_fast.errors import Failure, UsageError, nearest
-from ddpm_fast.files.images import grid, grid_scale, save_gif, save_png, to_uint8
 from ddpm_fast.sampling.folder import COLOUR_TYPES, SampleFolder
 from ddpm_fast.sampling.options import PROG, SampleOptions
 

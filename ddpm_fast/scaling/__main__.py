@@ -27,7 +27,7 @@ def _run(argv: Sequence[str]) -> int:
     if argv and argv[0] in verbs and "--help" not in argv:
         return verbs[argv[0]](argv[1:])
     options = parse_options(argv)  # before the heavy modules: --help and mistakes answer at once
-    from ddpm_fast.distributed import check_impl
+    from ddpm_fast.runtime.ranks import check_impl
     from ddpm_fast.scaling import report
     from ddpm_fast.scaling.export import export
     from ddpm_fast.scaling.measure import measure

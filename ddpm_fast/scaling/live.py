@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from ddpm_fast.monitoring.monitor import Sample
+from ddpm_fast.runtime.monitor import Sample
 
 LEAST_WIDTH = 80  # columns that the table needs
 

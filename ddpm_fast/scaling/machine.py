@@ -10,8 +10,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ddpm_fast.monitoring import host
-from ddpm_fast.monitoring.devices import visible_gpus
+from ddpm_fast.runtime import host
+from ddpm_fast.runtime.gpus import visible_gpus
 
 # nvmlGpuTopologyLevel_t -> what nvidia-smi topo -m calls it
 LEVELS = {0: "SELF", 10: "PIX", 20: "PXB", 30: "PHB", 40: "NODE", 50: "SYS"}

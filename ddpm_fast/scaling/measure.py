@@ -13,9 +13,9 @@ from typing import Any
 from rich.console import Console
 
 from ddpm_fast.errors import UsageError
-from ddpm_fast.monitoring import host
-from ddpm_fast.monitoring.devices import visible_gpus
-from ddpm_fast.monitoring.monitor import Monitor, every_reading
+from ddpm_fast.runtime import host
+from ddpm_fast.runtime.gpus import visible_gpus
+from ddpm_fast.runtime.monitor import Monitor, every_reading
 from ddpm_fast.scaling.assemble import add_predictions, measured_parts
 from ddpm_fast.scaling.interconnects import interconnect_of
 from ddpm_fast.scaling.launch import read_ranks, run_world

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ddpm_fast.monitoring import host
-from ddpm_fast.monitoring.devices import nvml_uuid
-from ddpm_fast.monitoring.monitor import EnergyMeter
+from ddpm_fast.runtime import host
+from ddpm_fast.runtime.gpus import nvml_uuid
+from ddpm_fast.runtime.monitor import EnergyMeter
 from ddpm_fast.scaling.alpha_beta import bucket_sizes
 from ddpm_fast.scaling.ddp_step import DdpStep
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from ddpm_fast.device import is_out_of_memory
-from ddpm_fast.distributed import told_if_rank_lost
 from ddpm_fast.errors import Failure, NotFinite
+from ddpm_fast.runtime.device import is_out_of_memory
+from ddpm_fast.runtime.ranks import told_if_rank_lost
 from ddpm_fast.train.config import PROG
 from ddpm_fast.train.memory import advice
 from ddpm_fast.train.step import TrainStep

@@ -16,19 +16,19 @@ from ddpm_fast.checkpoints import own as checkpoint
 from ddpm_fast.checkpoints.writer import CheckpointWriter
 from ddpm_fast.data import ImageSet
 from ddpm_fast.diffusion.sampler import sample_images
-from ddpm_fast.distributed import (
+from ddpm_fast.errors import UsageError
+from ddpm_fast.files.images import grid, grid_scale, save_png, to_uint8
+from ddpm_fast.kernels.impl import runs_interpreted
+from ddpm_fast.optim.optimizer import state_tensors
+from ddpm_fast.runtime.gpus import gpus_in_use
+from ddpm_fast.runtime.monitor import Monitor
+from ddpm_fast.runtime.ranks import (
     World,
     join,
     left_at_once_if_rank_lost,
     rank_device,
     told_if_rank_lost,
 )
-from ddpm_fast.errors import UsageError
-from ddpm_fast.files.images import grid, grid_scale, save_png, to_uint8
-from ddpm_fast.kernels.impl import runs_interpreted
-from ddpm_fast.monitoring.devices import gpus_in_use
-from ddpm_fast.monitoring.monitor import Monitor
-from ddpm_fast.optim.optimizer import state_tensors
 from ddpm_fast.train.classes import class_lines
 from ddpm_fast.train.config import PROG, Invocation, TrainConfig
 from ddpm_fast.train.estimate import length_estimate

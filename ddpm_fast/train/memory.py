@@ -6,7 +6,7 @@ import gc
 
 import torch
 
-from ddpm_fast.device import is_out_of_memory
+from ddpm_fast.runtime.device import is_out_of_memory
 from ddpm_fast.train.step import TrainStep
 
 

@@ -21,7 +21,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from ddpm_fast.graphs import WARM_UP_CALLS
+from ddpm_fast.runtime.graphs import WARM_UP_CALLS
 from ddpm_fast.train.mfu import peak_tflop_s
 from ddpm_fast.train.step import TrainStep
 from ddpm_fast.train.work import Work, work_of

@@ -19,13 +19,13 @@ from ddpm_fast.data.batches import Batches
 from ddpm_fast.data.cache import handed_over, mapped, taken_over
 from ddpm_fast.data.sources import is_decoded
 from ddpm_fast.diffusion.process import Diffusion
-from ddpm_fast.distributed import ALONE, World
 from ddpm_fast.errors import UsageError
 from ddpm_fast.nn import config as nn_config
 from ddpm_fast.nn.config import UNetConfig
 from ddpm_fast.nn.unet import UNet
 from ddpm_fast.optim.ema import EMA
 from ddpm_fast.optim.optimizer import make_optimizer
+from ddpm_fast.runtime.ranks import ALONE, World
 from ddpm_fast.train.classes import numbered_as_in_run
 from ddpm_fast.train.config import TrainConfig
 from ddpm_fast.train.step import TrainStep

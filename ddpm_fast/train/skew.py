@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Callable
 
-from ddpm_fast.distributed import World
+from ddpm_fast.runtime.ranks import World
 
 # An own time of so many medians is told, if the ranks have equally many images; of two ranks one
 # takes 3 times the other's then.

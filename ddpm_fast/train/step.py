@@ -13,12 +13,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ddpm_fast.data.batches import Batches, share_of
 from ddpm_fast.diffusion.process import Diffusion
-from ddpm_fast.distributed import ALONE, World
-from ddpm_fast.graphs import WARM_UP_CALLS, CapturedCall
 from ddpm_fast.nn.unet import UNet
 from ddpm_fast.optim.ema import EMA
 from ddpm_fast.optim.fused_adamw import FusedAdamW
 from ddpm_fast.optim.optimizer import learning_rate_at
+from ddpm_fast.runtime.graphs import WARM_UP_CALLS, CapturedCall
+from ddpm_fast.runtime.ranks import ALONE, World
 from ddpm_fast.train.config import TrainConfig
 from ddpm_fast.train.flat_gradients import FlatGradients
 

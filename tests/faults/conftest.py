@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from ddpm_fast.checkpoints import own as checkpoint
-from tests.distributed.conftest import REPOSITORY, run_ranks, start_ranks  # noqa: F401
+from tests.runtime.conftest import REPOSITORY, run_ranks, start_ranks  # noqa: F401
 
 FLAGS = ("--iterations", 40, "--checkpoint-every", 10, "--log-every", 4, "--sample-every", 0,
          "--dropout", 0.1, "--keep-checkpoints", 9)  # fmt: skip

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch.distributed as dist
 
-from ddpm_fast.distributed import World, _name_of_this_start
+from ddpm_fast.runtime.ranks import World, _name_of_this_start
 
 pytestmark = [
     pytest.mark.faults,

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddpm_fast.monitoring import host
-from ddpm_fast.monitoring.monitor import BUDGET, Monitor
+from ddpm_fast.runtime import host
+from ddpm_fast.runtime.monitor import BUDGET, Monitor
 from ddpm_fast.scaling import measure
 from ddpm_fast.scaling import result as results
 from ddpm_fast.scaling.__main__ import main

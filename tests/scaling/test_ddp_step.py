@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ddpm_fast.monitoring import host
 from ddpm_fast.nn.unet import UNet
+from ddpm_fast.runtime import host
 from ddpm_fast.scaling import worker
 from ddpm_fast.scaling.alpha_beta import bucket_sizes
 from ddpm_fast.scaling.ddp_step import DdpStep

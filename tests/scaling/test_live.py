@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from ddpm_fast.monitoring.monitor import Sample
+from ddpm_fast.runtime.monitor import Sample
 from ddpm_fast.scaling.live import LiveView
 
 

@@ -11,7 +11,7 @@ import torch
 from ddpm_fast.checkpoints import own as checkpoint
 from ddpm_fast.checkpoints.writer import CheckpointWriter
 from ddpm_fast.diffusion.process import Diffusion
-from ddpm_fast.distributed import ALONE
+from ddpm_fast.runtime.ranks import ALONE
 from ddpm_fast.train import loop, summary
 from ddpm_fast.train.__main__ import main
 from ddpm_fast.train.config import TrainConfig

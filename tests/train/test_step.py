@@ -12,9 +12,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_fast.data import open_images
-from ddpm_fast.distributed import World
 from ddpm_fast.errors import UsageError
-from ddpm_fast.graphs import CapturedCall
+from ddpm_fast.runtime.graphs import CapturedCall
+from ddpm_fast.runtime.ranks import World
 from ddpm_fast.train import setup
 from ddpm_fast.train.config import TrainConfig
 from ddpm_fast.train.memory import largest_part_that_fits
@@ -458,7 +458,7 @@ def test_values_that_do_not_go_together_are_refused():
 
 
 def test_memory_errors_of_both_allocators_are_known():
-    from ddpm_fast.device import is_out_of_memory
+    from ddpm_fast.runtime.device import is_out_of_memory
 
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     for text in ("Triton Error [CUDA]: out of memory", "CUDNN_STATUS_ALLOC_FAILED"):

@@ -5,9 +5,9 @@ import torch
 import torch.distributed as dist
 
 import ddpm_fast as df
-from ddpm_fast import distributed
 from ddpm_fast.data import open_images
-from ddpm_fast.distributed import ALONE, World
+from ddpm_fast.runtime import ranks as distributed
+from ddpm_fast.runtime.ranks import ALONE, World
 from ddpm_fast.train.config import TrainConfig
 from ddpm_fast.train.setup import choose_algorithms, make_step, wrap_net
 from ddpm_fast.train.step import DDP_WARM_UP_CALLS, TrainStep

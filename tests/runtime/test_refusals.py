@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-from ddpm_fast import distributed
-from ddpm_fast.distributed import ALONE, World
 from ddpm_fast.errors import Failure, MachineRefusal, SaidElsewhere, UsageError
-from tests.distributed.conftest import REPOSITORY
+from ddpm_fast.runtime import ranks as distributed
+from ddpm_fast.runtime.ranks import ALONE, World
+from tests.runtime.conftest import REPOSITORY
 
 
 def lines_and_codes(output):

@@ -26,7 +26,6 @@ import torch
 import torch.distributed as dist
 
 from ddpm_fast.arguments import report
-from ddpm_fast.device import pick_device
 from ddpm_fast.errors import (
     FORESEEN,
     Failure,
@@ -35,9 +34,10 @@ from ddpm_fast.errors import (
     UsageError,
     exit_code,
 )
-from ddpm_fast.heartbeat import Heartbeat, end_process, last_words
 from ddpm_fast.kernels.impl import chosen_impl
 from ddpm_fast.kernels.target import why_not_fused
+from ddpm_fast.runtime.device import pick_device
+from ddpm_fast.runtime.heartbeat import Heartbeat, end_process, last_words
 
 T = TypeVar("T")
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ddpm_fast.distributed import rank_device
+from ddpm_fast.runtime.ranks import rank_device
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from itertools import groupby, islice
 from types import ModuleType
 from typing import Any, TypeVar
 
-from ddpm_fast.monitoring.host import HostReader
+from ddpm_fast.runtime.host import HostReader
 
 BUDGET = 5e-4  # share of the time spent sampling; half of what is promised
 KEPT = 20_000  # samples; the oldest are thinned beyond

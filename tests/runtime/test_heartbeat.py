@@ -6,7 +6,7 @@ import time
 import pytest
 import torch.distributed as dist
 
-from ddpm_fast.heartbeat import LEFT, WATCHED, Heartbeat
+from ddpm_fast.runtime.heartbeat import LEFT, WATCHED, Heartbeat
 
 TIMEOUT_S = 0.5
 

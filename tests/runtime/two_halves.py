@@ -6,10 +6,10 @@ import sys
 import torch
 
 from ddpm_fast.data import open_images
-from ddpm_fast.distributed import World, join
+from ddpm_fast.runtime.ranks import World, join
 from ddpm_fast.train import setup
 from ddpm_fast.train.config import TrainConfig
-from tests.distributed.hook_order import SMALL
+from tests.runtime.hook_order import SMALL
 
 STEPS, WHOLE = 6, 2
 

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ddpm_fast.monitoring import host
-from ddpm_fast.monitoring import monitor as monitoring
-from ddpm_fast.monitoring.devices import gpus_in_use
-from ddpm_fast.monitoring.monitor import BUDGET, EnergyMeter, Monitor
+from ddpm_fast.runtime import host
+from ddpm_fast.runtime import monitor as monitoring
+from ddpm_fast.runtime.gpus import gpus_in_use
+from ddpm_fast.runtime.monitor import BUDGET, EnergyMeter, Monitor
 from ddpm_fast.scaling.machine import topology
 
 

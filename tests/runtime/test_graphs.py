@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from ddpm_fast.graphs import CapturedCall
+from ddpm_fast.runtime.graphs import CapturedCall
 
 CPU, CUDA_1 = torch.device("cpu"), torch.device("cuda", 1)
 POOL = (0, 7)

@@ -9,12 +9,12 @@ import torch
 
 from ddpm_fast.checkpoints import own as checkpoint
 from ddpm_fast.data import open_images
-from ddpm_fast.distributed import ALONE
+from ddpm_fast.runtime.ranks import ALONE
 from ddpm_fast.train.__main__ import main
 from ddpm_fast.train.config import TrainConfig
 from ddpm_fast.train.setup import make_step
-from tests.distributed import two_halves
-from tests.distributed.hook_order import SMALL
+from tests.runtime import two_halves
+from tests.runtime.hook_order import SMALL
 
 FLAGS = ("--iterations", 8, "--log-every", 2, "--sample-every", 0, "--checkpoint-every", 4,
          "--dropout", 0.2, "--use-labels", "--flip", "on", "--learning-rate", 0.01,
@@ -162,7 +162,7 @@ def test_gradients_are_sent_while_the_backward_pass_goes_on_compiled_or_not(run_
     """With two parts of the batch, averages and, compiled, the net split at its buckets."""
     losses = []
     for how in ("eager", "compiled"):
-        output = run_ranks(2, "-m", "tests.distributed.hook_order", how).splitlines()
+        output = run_ranks(2, "-m", "tests.runtime.hook_order", how).splitlines()
         (events,) = (line.split()[1:] for line in output if line.startswith("events"))
         last_part = events[events.index("first_layer") + 1 :]  # the first one's is not sent
         assert last_part.count("sent") >= 3
@@ -174,7 +174,7 @@ def test_gradients_are_sent_while_the_backward_pass_goes_on_compiled_or_not(run_
 @pytest.mark.parametrize("how", [("norm", "split"), ("block", "whole")])
 def test_a_compiled_net_that_recomputes_stays_compiled_under_ddp(run_ranks, how):
     """Whole: as by a torch whose DDP cannot split it."""
-    output = run_ranks(2, "-m", "tests.distributed.hook_order", "compiled", *how)
+    output = run_ranks(2, "-m", "tests.runtime.hook_order", "compiled", *how)
     step = make_step(TrainConfig(**SMALL), open_images("digits", data_root="."), CPU)
     for number in range(3):
         step(number)
@@ -190,7 +190,7 @@ def test_a_compiled_net_that_recomputes_stays_compiled_under_ddp(run_ranks, how)
 )
 def test_a_step_in_two_halves_goes_on_as_the_whole_one(run_ranks, optimizer, how):
     """After two steps of DDP, of parts each; as one process, which needs neither."""
-    output = run_ranks(2, "-m", "tests.distributed.two_halves", optimizer, how)
+    output = run_ranks(2, "-m", "tests.runtime.two_halves", optimizer, how)
     (found,) = (json.loads(line[6:]) for line in output.splitlines() if line.startswith("found"))
     expected = two_halves.losses(ALONE, optimizer)
     for ours, one_process in zip(found, expected, strict=True):

@@ -8,14 +8,14 @@ import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from ddpm_fast.data import open_images
-from ddpm_fast.distributed import World, _world_of_environment
 from ddpm_fast.errors import UsageError
+from ddpm_fast.runtime.ranks import World, _world_of_environment
 from ddpm_fast.train import setup
 from ddpm_fast.train.config import TrainConfig
 from ddpm_fast.train.flat_gradients import FlatGradients
 from ddpm_fast.train.memory import advice
 from ddpm_fast.train.step import TrainStep
-from tests.distributed.hook_order import SMALL
+from tests.runtime.hook_order import SMALL
 
 
 @pytest.fixture

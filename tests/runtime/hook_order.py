@@ -7,7 +7,7 @@ import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from ddpm_fast.data import open_images
-from ddpm_fast.distributed import join
+from ddpm_fast.runtime.ranks import join
 from ddpm_fast.train import setup
 from ddpm_fast.train.config import TrainConfig
 

@@ -1,1 +1,0 @@
-"""What the GPUs and the host do while something runs."""
