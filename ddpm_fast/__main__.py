@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from ddpm_fast.cli import main
+from ddpm_fast.cli.verbs import main
 
 if __name__ == "__main__":
     sys.exit(main())

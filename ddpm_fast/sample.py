@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from ddpm_fast.arguments import run_command
+from ddpm_fast.cli.arguments import run_command
 from ddpm_fast.sampling.options import PROG, parse_options
 
 

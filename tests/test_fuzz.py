@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ddpm_fast import cli
+from ddpm_fast.cli import verbs as cli
 from ddpm_fast.doctor import chaos, checks, kernels
 from ddpm_fast.doctor.__main__ import DoctorOptions
 from ddpm_fast.errors import Failure

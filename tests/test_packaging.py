@@ -106,7 +106,7 @@ def test_wheel_works_installed_elsewhere(wheel, tmp_path):
     assert done.returncode == 0, done.stderr
     where, script = done.stdout.splitlines()[0].split()
     assert Path(where).is_relative_to(site)
-    assert script == "ddpm_fast.cli:main"
+    assert script == "ddpm_fast.cli.verbs:main"
 
 
 @pytest.mark.slow

@@ -58,7 +58,7 @@ def test_ci_runs_the_readmes_own_test_command():
 
 
 def test_readme_names_no_flag_that_does_not_exist():
-    from ddpm_fast.arguments import given_values
+    from ddpm_fast.cli.arguments import given_values
     from ddpm_fast.sampling import options
     from ddpm_fast.train import config
 

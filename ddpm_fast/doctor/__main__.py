@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ddpm_fast.arguments import parse, run_command
-from ddpm_fast.values import check_ranges
+from ddpm_fast.cli.arguments import parse, run_command
+from ddpm_fast.cli.values import check_ranges
 
 PROG = "python -m ddpm_fast.doctor"
 

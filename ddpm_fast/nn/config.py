@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from ddpm_fast.cli.values import make_plain
 from ddpm_fast.errors import nearest
-from ddpm_fast.values import make_plain
 
 ACTIVATIONS = ("relu", "silu", "mish")
 NORMS = ("gn", "in", "bn", None)

@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from ddpm_fast.arguments import report
+from ddpm_fast.cli.arguments import report
 from ddpm_fast.errors import (
     FORESEEN,
     Failure,

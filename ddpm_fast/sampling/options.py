@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ddpm_fast.arguments import parse
+from ddpm_fast.cli.arguments import parse
 from ddpm_fast.errors import UsageError
 
 PROG = "python -m ddpm_fast.sample"

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ddpm_fast.arguments import run_command
+from ddpm_fast.cli.arguments import run_command
 from ddpm_fast.errors import UsageError
 from ddpm_fast.scaling.options import PROG, parse_options, paths_of
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ddpm_fast.arguments import parse
+from ddpm_fast.cli.arguments import parse
+from ddpm_fast.cli.values import check_ranges
 from ddpm_fast.errors import UsageError
 from ddpm_fast.nn import config as nn_config
-from ddpm_fast.values import check_ranges
 
 PROG = "python -m ddpm_fast.scaling"
 DEMO_BATCH = 16

@@ -12,12 +12,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from ddpm_fast.arguments import HELP, given_values, parse
+from ddpm_fast.cli.arguments import HELP, given_values, parse
+from ddpm_fast.cli.values import check_ranges, make_plain, shown
 from ddpm_fast.errors import MachineRefusal, UsageError, nearest
 from ddpm_fast.nn import config as nn_config
 from ddpm_fast.nn.config import UNetConfig
 from ddpm_fast.train.data_choice import DECIDING, choose
-from ddpm_fast.values import check_ranges, make_plain, shown
 
 PROG = "python -m ddpm_fast.train"
 CONFIG_NAME = "config.json"

@@ -17,8 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any, TypeVar, get_args, get_type_hints
 
+from ddpm_fast.cli.values import FALSE, TRUE, is_number, read_value, refusal, shown
 from ddpm_fast.errors import FORESEEN, Failure, SaidElsewhere, UsageError, exit_code, nearest
-from ddpm_fast.values import FALSE, TRUE, is_number, read_value, refusal, shown
 
 Config = TypeVar("Config")
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ddpm_fast.data import open_images
-from ddpm_fast.metrics import area_features, frechet_distance
+from ddpm_fast.evaluation.frechet import area_features, frechet_distance
 
 
 def rng(seed=0):

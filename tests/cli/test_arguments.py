@@ -8,10 +8,10 @@ from typing import Literal
 
 import pytest
 
-from ddpm_fast import arguments
-from ddpm_fast.arguments import given_values, parse, run_command
+from ddpm_fast.cli import arguments
+from ddpm_fast.cli.arguments import given_values, parse, run_command
+from ddpm_fast.cli.values import check_ranges
 from ddpm_fast.errors import Failure, MachineRefusal, SaidElsewhere, UsageError
-from ddpm_fast.values import check_ranges
 
 PROG = "python -m ddpm_fast.something"
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-from ddpm_fast.arguments import run_command
+from ddpm_fast.cli.arguments import run_command
 from ddpm_fast.errors import UsageError, nearest
 
 PROG = "ddpm-fast"

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from ddpm_fast import cli
+from ddpm_fast.cli import verbs as cli
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_python_m_ddpm_fast_is_the_same_command():
 
 BEFORE_ANY_VERB = """
 import sys
-from ddpm_fast import cli
+from ddpm_fast.cli import verbs as cli
 for argv in ([], ["--help"], ["--version"], ["trian"]):
     cli.main(argv)
 heavy = {"torch", "numpy", "tyro", "rich"} & set(sys.modules)

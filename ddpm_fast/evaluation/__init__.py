@@ -1,0 +1,1 @@
+"""How good images are: frechet.py, the Frechet distance of features."""
