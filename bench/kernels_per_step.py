@@ -63,7 +63,7 @@ def _graphs(preset: str) -> tuple[GraphModule, GraphModule]:
     from functorch.compile import min_cut_rematerialization_partition
     from torch._dynamo.backends.common import aot_autograd
 
-    from ddpm_fast.kernels import attention
+    from ddpm_fast.kernels.attention import op as attention
     from ddpm_fast.nn.unet import UNet
 
     found: list[tuple[GraphModule, GraphModule]] = []

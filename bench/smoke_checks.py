@@ -75,7 +75,7 @@ def compare_kernel(name: str, device: torch.device, tiny: bool) -> Found:
     from bench.parity import mismatch
     from bench.subjects import Subject, dtype_for
 
-    spec = import_module(f"ddpm_fast.kernels.{name}").SPEC
+    spec = import_module(f"ddpm_fast.kernels.{name}.op").SPEC
     dtype = dtype_for(spec, device)
     ours = Subject("ours", spec.fused, spec.tolerance[dtype])
     small = [case for case in spec.cases if case.small]

@@ -17,7 +17,7 @@ import torch
 
 import ddpm_fast.ops  # noqa: F401  registers the ops that specs call
 from bench.peers import peers_of
-from ddpm_fast.kernels.impl import interpreting
+from ddpm_fast.kernels.calling.impl import interpreting
 from ddpm_fast.kernels.spec import KernelSpec
 
 # What others compute may round elsewhere, such as attention's weights to bf16 before the product.

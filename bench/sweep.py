@@ -25,10 +25,10 @@ from bench.parity import mismatch
 from bench.results import Results, write_json
 from bench.subjects import Subject, dtype_for
 from bench.timing import Samples, time_in_turns
-from ddpm_fast.kernels.launch import chip_of
-from ddpm_fast.kernels.offline import triton_kernels
+from ddpm_fast.kernels.calling.target import arch_of, device_name_of, why_no_triton
 from ddpm_fast.kernels.spec import Case, KernelSpec
-from ddpm_fast.kernels.target import arch_of, device_name_of, why_no_triton
+from ddpm_fast.kernels.tuning.lookup import chip_of
+from ddpm_fast.kernels.tuning.offline import triton_kernels
 
 CHOSEN = Path(__file__).with_name("sweep_candidates.json")
 TABLE_VARIABLE = "DDPM_FAST_LAUNCH_TABLE"
@@ -55,8 +55,8 @@ def classes(arch: int) -> list[Class]:
     """Of all kernels that offer candidates, for the cases that are timed."""
     found: dict[tuple[str, str], Class] = {}
     for name in triton_kernels():
-        module = f"ddpm_fast.kernels.{name}_triton"
-        spec = import_module(f"ddpm_fast.kernels.{name}").SPEC
+        module = f"ddpm_fast.kernels.{name}.forward_triton"
+        spec = import_module(f"ddpm_fast.kernels.{name}.op").SPEC
         for case in spec.cases:
             offered = (
                 [] if case.small else import_module(module).sweep_candidates(case.values, arch)

@@ -5,7 +5,7 @@
 Of each kernel and shape class the candidates are compiled for sm_90, as a GPU's Triton would, the
 likely ones first; the first MOST that fit are kept. What spills or needs memory that the chip does
 not have is dropped, and so is the default, which the sweep times anyway. Classes stand in the order
-of their predicted time in a training step of the cifar10 preset. A kernel's <name>_triton.py has
+of their predicted time in a training step of the cifar10 preset. A kernel's forward_triton.py has
 
     sweep_candidates(values, arch) -> [(kernel, shape_class, numbers), ...], likely ones first
     sweep_launch(kernel, values, arch) -> the Launch of that case under the current launch table
@@ -28,8 +28,8 @@ from typing import Any
 import torch
 
 from bench.sweep import CHOSEN, Class, classes, trial_table
-from ddpm_fast.kernels import offline
 from ddpm_fast.kernels.spec import Launch
+from ddpm_fast.kernels.tuning import offline
 
 ARCH = 90
 MOST = 5

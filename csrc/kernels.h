@@ -10,10 +10,10 @@
 
 namespace ddpm_fast {
 
-// Codes shared with ddpm_fast/kernels/extension.py.
+// Codes shared with ddpm_fast/kernels/calling/extension.py.
 enum class Dtype : int { float32 = 0, float64 = 1, float16 = 2, bfloat16 = 3, uint8 = 4 };
 
-// Second words of the counters: kernels/philox.py, class Stream.
+// Second words of the counters: kernels/philox/counters.py, class Stream.
 enum Stream : uint32_t {
   STREAM_T = 2,
   STREAM_NOISE = 3,

@@ -10,12 +10,12 @@ arguments on a CUDA device are checked as those on the CPU are, which makes the 
 group_norm_silu never looks into its rng).
 """
 
-from ddpm_fast.kernels.attention import attention
-from ddpm_fast.kernels.dropout import dropout
-from ddpm_fast.kernels.group_norm_silu import group_norm_silu
-from ddpm_fast.kernels.philox import philox_normal, philox_uniform, philox_words
-from ddpm_fast.kernels.posterior_step import posterior_step
-from ddpm_fast.kernels.q_sample import q_sample
+from ddpm_fast.kernels.attention.op import attention
+from ddpm_fast.kernels.dropout.op import dropout
+from ddpm_fast.kernels.group_norm_silu.op import group_norm_silu
+from ddpm_fast.kernels.philox.op import philox_normal, philox_uniform, philox_words
+from ddpm_fast.kernels.posterior_step.op import posterior_step
+from ddpm_fast.kernels.q_sample.op import q_sample
 
 __all__ = [
     "attention",

@@ -18,7 +18,7 @@ from ddpm_fast.doctor import checks, gpu, machine, pieces
 from ddpm_fast.doctor.__main__ import main
 from ddpm_fast.doctor.rows import Check, Finding, Row, run_check
 from ddpm_fast.doctor.table import show
-from ddpm_fast.kernels import extension
+from ddpm_fast.kernels.calling import extension
 
 ROOT = Path(__file__).resolve().parent.parent
 PIECES = [check.name for check in checks.CHECKS]

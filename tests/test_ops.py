@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ddpm_fast import ops
-from ddpm_fast.kernels import extension
+from ddpm_fast.kernels.calling import extension
 
 RNG = torch.tensor([7, 3, 11])
 IMPLS = ("fused", "reference")
@@ -226,7 +226,7 @@ import sys, warnings
 sys.modules["ddpm_fast._C"] = None  # import raises ImportError
 import torch
 from ddpm_fast import ops
-from ddpm_fast.kernels import extension
+from ddpm_fast.kernels.calling import extension
 for call in (extension.module, lambda: ops.philox_normal((2, 4), seed=0, impl="fused")):
     try:
         call()

@@ -77,14 +77,14 @@ def wheel(tmp_path_factory) -> Path:
 def test_wheel_holds_the_extension_and_the_package_data(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert any(name.startswith("ddpm_fast/_C.") for name in names)
-    wanted = {"data/probe.npz", "data/probe.txt", "py.typed", "ops.py", "kernels/dropout.py"}
+    wanted = {"data/probe.npz", "data/probe.txt", "py.typed", "ops.py", "kernels/dropout/op.py"}
     assert {f"ddpm_fast/{name}" for name in wanted} <= set(names)
     assert not [name for name in names if name.startswith(("tests/", "csrc/", "build/"))]
 
 
 USE_WHEEL = """
 import importlib.metadata, ddpm_fast.ops as ops
-from ddpm_fast.kernels import extension
+from ddpm_fast.kernels.calling import extension
 info = extension.module().build_info()
 assert not info["cuda"] and info["archs"] == []
 assert info["version"] == importlib.metadata.version("ddpm-fast")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ddpm_fast import ops
-from ddpm_fast.kernels.philox import Stream
+from ddpm_fast.kernels.philox.op import Stream
 
 
 def epoch_order(num_rows: int, *, seed: int, epoch: int) -> Tensor:

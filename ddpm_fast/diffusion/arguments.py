@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm_fast.kernels.argument_checks import given
+from ddpm_fast.kernels.calling.arguments import given
 
 
 class LeftOut(int):

@@ -13,7 +13,7 @@ from ddpm_fast.diffusion.arguments import LeftOut, as_counter, as_float
 from ddpm_fast.diffusion.loss import check_loss, distance
 from ddpm_fast.diffusion.nets import checked_classes, own_dtype, prediction_of
 from ddpm_fast.diffusion.schedule import make_betas
-from ddpm_fast.kernels.philox import Stream
+from ddpm_fast.kernels.philox.op import Stream
 
 COUNTED = LeftOut(0)  # a step that was left out: the process counts its own calls
 

@@ -40,8 +40,8 @@ from ddpm_fast.diffusion.sampler_checks import (
 )
 from ddpm_fast.diffusion.schedule import low_start
 from ddpm_fast.errors import NotFinite
-from ddpm_fast.kernels.philox import Stream
-from ddpm_fast.kernels.philox_counters import check_counters
+from ddpm_fast.kernels.philox.counters import check_counters
+from ddpm_fast.kernels.philox.op import Stream
 from ddpm_fast.runtime.graphs import CapturedCall
 
 BATCH_SIZE = LeftOut(64)

@@ -24,7 +24,7 @@ def check_runtime() -> Finding:
     torchs = torch.version.cuda
     parts = [f"torch: {torchs or 'none'}", f"extension: {f'{own}, static' if own else 'none'}"]
     if torchs and torch.cuda.is_available() and not own:
-        from ddpm_fast.kernels.extension import CUDA_BUILD_COMMAND
+        from ddpm_fast.kernels.calling.extension import CUDA_BUILD_COMMAND
 
         return Finding("; ".join(parts), "slower", CUDA_BUILD_COMMAND)
     return Finding("; ".join(parts), "ok" if torchs or own else "optional")
@@ -107,7 +107,7 @@ def check_cuda_kernels() -> Finding:
     """The extension's kernels on the GPU against the same on the CPU."""
     import torch
 
-    from ddpm_fast.kernels import extension
+    from ddpm_fast.kernels.calling import extension
 
     if not torch.cuda.is_available():
         return Finding("not run: no GPU that torch can use", "optional")
@@ -171,7 +171,7 @@ def _listed(gpus: list[str]) -> str:
 
 def _extension_cuda() -> str:
     """The CUDA version that the extension was built with, "" without."""
-    from ddpm_fast.kernels import extension
+    from ddpm_fast.kernels.calling import extension
 
     if extension.why_missing() is not None:
         return ""

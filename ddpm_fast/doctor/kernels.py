@@ -18,7 +18,7 @@ ATTENTIONS = ((256, 256), (16, 256), (16, 64))
 
 def check_resources(kernel: str) -> Finding:
     """The stored resource use of a kernel's launches on this GPU's architecture."""
-    from ddpm_fast.kernels import offline
+    from ddpm_fast.kernels.tuning import offline
 
     triton_version, rows = offline.read(_table())
     mine = [row for row in rows if row.kernel == kernel]
@@ -43,7 +43,7 @@ def check_attention_path() -> Finding:
     """What "auto" runs for the presets' attentions, forward and with a backward pass."""
     import torch
 
-    from ddpm_fast.kernels.attention import choose
+    from ddpm_fast.kernels.attention.op import choose
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     lines = []
@@ -66,12 +66,12 @@ def refresh() -> int:
     returns  the compiler check's exit code; it prints its own table
     """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "ddpm_fast.kernels.offline", "--archs", str(_arch())]
+    command = [sys.executable, "-m", "ddpm_fast.kernels.tuning.offline", "--archs", str(_arch())]
     return subprocess.run(command, env=environment).returncode
 
 
 def _table() -> Path:
-    return Path(str(files("ddpm_fast.kernels") / "resources.json"))
+    return Path(str(files("ddpm_fast.kernels.tuning") / "resources.json"))
 
 
 def _arch() -> int:

@@ -16,7 +16,7 @@ REINSTALL = "pip install --force-reinstall --no-deps -e ."
 
 def check_extension() -> Finding:
     """Whether ddpm_fast._C loads, and what it was built with."""
-    from ddpm_fast.kernels import extension
+    from ddpm_fast.kernels.calling import extension
 
     if why := extension.why_missing():
         found = f"{why.partition(';')[0]}: plain torch instead"
@@ -30,9 +30,9 @@ def check_extension() -> Finding:
 
 def check_impl() -> Finding:
     """Which implementation DDPM_FAST_IMPL chooses."""
-    from ddpm_fast.kernels import extension
-    from ddpm_fast.kernels.impl import IMPLS
-    from ddpm_fast.kernels.target import why_not_fused
+    from ddpm_fast.kernels.calling import extension
+    from ddpm_fast.kernels.calling.impl import IMPLS
+    from ddpm_fast.kernels.calling.target import why_not_fused
     from ddpm_fast.runtime.device import pick_device
 
     given = os.environ.get("DDPM_FAST_IMPL")
@@ -57,7 +57,7 @@ def check_philox() -> Finding:
     import torch
 
     from ddpm_fast import ops
-    from ddpm_fast.kernels import extension
+    from ddpm_fast.kernels.calling import extension
 
     impls = ["reference"] if extension.why_missing() else ["reference", "fused"]
     for impl in impls:

@@ -1,8 +1,9 @@
-"""One file per fused op: its maths, its plain-torch reference, its launch.
+"""A room per fused op: its maths, its plain-torch reference, its launch.
 
 MODULES is the one list of kernels; SPECS are theirs, in the same order, imported when first asked
 for: `from ddpm_fast.kernels import SPECS` imports torch, `import ddpm_fast.kernels` does not. The
-Triton code of <name> is in <name>_triton.py, which does without torch (offline.py says why).
+SPEC of <name> is in <name>/op.py, its Triton code in <name>/forward_triton.py, which does without
+torch (tuning/offline.py says why).
 """
 
 from __future__ import annotations
@@ -23,6 +24,6 @@ MODULES = (
 def __getattr__(name: str) -> Any:
     if name != "SPECS":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    specs = tuple(import_module(f"{__name__}.{module}").SPEC for module in MODULES)
+    specs = tuple(import_module(f"{__name__}.{module}.op").SPEC for module in MODULES)
     globals()["SPECS"] = specs
     return specs

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ddpm_fast import ops
-from ddpm_fast.kernels.group_norm_silu import runs_fused
+from ddpm_fast.kernels.group_norm_silu.op import runs_fused
 from ddpm_fast.nn.norm import (
     Activation,
     CounterDropout,

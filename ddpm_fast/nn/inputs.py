@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddpm_fast.kernels.autocast import autocast_dtype
+from ddpm_fast.kernels.calling.autocast import autocast_dtype
 from ddpm_fast.nn.config import UNetConfig
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from ddpm_fast import ops
-from ddpm_fast.kernels.group_norm_silu import runs_fused
+from ddpm_fast.kernels.group_norm_silu.op import runs_fused
 from ddpm_fast.nn.one_pass import Unsummed, joined_bias
 from ddpm_fast.nn.plain import is_plain
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm_fast.kernels.autocast import autocast_dtype
+from ddpm_fast.kernels.calling.autocast import autocast_dtype
 
 
 class Unsummed(NamedTuple):

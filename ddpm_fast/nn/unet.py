@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm_fast.kernels.group_norm_silu import runs_fused
-from ddpm_fast.kernels.impl import chosen_impl
-from ddpm_fast.kernels.philox import Stream
+from ddpm_fast.kernels.calling.impl import chosen_impl
+from ddpm_fast.kernels.group_norm_silu.op import runs_fused
+from ddpm_fast.kernels.philox.op import Stream
 from ddpm_fast.nn import config as nn_config
 from ddpm_fast.nn.blocks import (
     AttentionBlock,

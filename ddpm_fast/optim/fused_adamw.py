@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from ddpm_fast.kernels.adamw_ema_launch import Numbers, Tables
-from ddpm_fast.kernels.impl import chosen_impl, refuse_fused
-from ddpm_fast.kernels.target import why_not_fused
+from ddpm_fast.kernels.adamw_ema.launch import Numbers, Tables
+from ddpm_fast.kernels.calling.impl import chosen_impl, refuse_fused
+from ddpm_fast.kernels.calling.target import why_not_fused
 from ddpm_fast.optim.ema import move_averages
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -21,7 +21,7 @@ _CAPTURED_TOO_SOON = "FusedAdamW: take a step like the captured one before the c
 
 
 class FusedAdamW(torch.optim.AdamW):
-    """torch.optim.AdamW with kernels/adamw_ema.py as its step.
+    """torch.optim.AdamW with kernels/adamw_ema/op.py as its step.
 
     parameters  fp32, each dense in some layout, all on one device; tensors or groups
     lr          a float, or a () fp32 tensor on the device: fill_ that before replaying a graph

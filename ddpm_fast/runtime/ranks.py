@@ -34,8 +34,8 @@ from ddpm_fast.errors import (
     UsageError,
     exit_code,
 )
-from ddpm_fast.kernels.impl import chosen_impl
-from ddpm_fast.kernels.target import why_not_fused
+from ddpm_fast.kernels.calling.impl import chosen_impl
+from ddpm_fast.kernels.calling.target import why_not_fused
 from ddpm_fast.runtime.device import pick_device
 from ddpm_fast.runtime.heartbeat import Heartbeat, end_process, last_words
 

@@ -18,7 +18,7 @@ from ddpm_fast.data import ImageSet
 from ddpm_fast.diffusion.sampler import sample_images
 from ddpm_fast.errors import UsageError
 from ddpm_fast.files.images import grid, grid_scale, save_png, to_uint8
-from ddpm_fast.kernels.impl import runs_interpreted
+from ddpm_fast.kernels.calling.impl import runs_interpreted
 from ddpm_fast.optim.optimizer import state_tensors
 from ddpm_fast.runtime.gpus import gpus_in_use
 from ddpm_fast.runtime.monitor import Monitor

@@ -9,7 +9,7 @@ from ddpm_fast.data import ImageSet
 from ddpm_fast.diffusion.sampler import sample_images
 from ddpm_fast.errors import NotFinite
 from ddpm_fast.evaluation.frechet import area_features, frechet_distance
-from ddpm_fast.kernels.impl import runs_interpreted
+from ddpm_fast.kernels.calling.impl import runs_interpreted
 from ddpm_fast.train.progress import Display, Measured
 from ddpm_fast.train.run_folder import RunFolder
 from ddpm_fast.train.step import TrainStep

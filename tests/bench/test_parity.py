@@ -10,7 +10,7 @@ from bench.ceilings import Ceilings
 from bench.parity import mismatch, outputs_of
 from bench.subjects import Subject, subjects_of
 from ddpm_fast.kernels import SPECS
-from ddpm_fast.kernels.dropout import SPEC
+from ddpm_fast.kernels.dropout.op import SPEC
 
 CPU, DTYPE = torch.device("cpu"), torch.float32
 VALUES = next(case.values for case in SPEC.cases if case.small)
@@ -124,7 +124,7 @@ def test_forward_and_backward_move_the_bytes_of_both():
 
 
 def test_a_kernel_without_tensors_among_its_inputs_has_no_backward():
-    from ddpm_fast.kernels.philox import SPEC as PHILOX
+    from ddpm_fast.kernels.philox.op import SPEC as PHILOX
 
     case = next(case for case in PHILOX.cases if case.small)
     assert not kernel_rows.has_backward(PHILOX, case.values, DTYPE, CPU)

@@ -156,7 +156,7 @@ def test_a_step_without_its_update_is_seen_in_the_losses(trained):
 
 def test_every_kernel_is_checked_and_a_wrong_one_is_red(monkeypatch):
     assert {f"kernel {name}" for name in MODULES} <= set(CHECKS)
-    module = import_module("ddpm_fast.kernels.dropout")
+    module = import_module("ddpm_fast.kernels.dropout.op")
     wrong = replace(module.SPEC, fused=lambda **inputs: 1.01 * module.reference(**inputs))
     monkeypatch.setattr(module, "SPEC", wrong)
     assert "from the fp64 reference" in CHECKS["kernel dropout"].run(CPU, True)["red"]

@@ -19,7 +19,7 @@ from bench.models import Setup
 from bench.results import DEVICE_LOST, SUITE, Results, read_json, started_row, write_json
 from bench.subjects import Subject
 from ddpm_fast import kernels
-from ddpm_fast.kernels.dropout import SPEC
+from ddpm_fast.kernels.dropout.op import SPEC
 
 CPU, CEILINGS = torch.device("cpu"), Ceilings(copy_gb_s=10.0, matmul_tflop_s=0.1)
 
@@ -59,7 +59,7 @@ def test_kernels_that_most_of_a_step_is_made_of_come_first(results, measured, mo
     with pytest.raises(stages.StageFailed):
         stages.run_kernels(results, CPU, dry_run=False)
     assert measured == ["a1", "c1", "a2", "c2", "b1", "b2"]
-    names = {import_module(f"ddpm_fast.kernels.{name}").SPEC.name for name in kernels.MODULES}
+    names = {import_module(f"ddpm_fast.kernels.{name}.op").SPEC.name for name in kernels.MODULES}
     monkeypatch.undo()
     assert set(stages.FIRST_KERNELS) <= names
 

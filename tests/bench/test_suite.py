@@ -16,7 +16,7 @@ from bench import environment, test_kernels
 from bench.ceilings import Ceilings
 from bench.conftest import GPU_STATE, mend
 from bench.timing import COLD_CACHES, MOST_SETS, count_sets
-from ddpm_fast.kernels.dropout import SPEC as DROPOUT
+from ddpm_fast.kernels.dropout.op import SPEC as DROPOUT
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

@@ -13,8 +13,8 @@ from bench import sweep, sweep_candidates
 from bench.ceilings import Ceilings
 from bench.results import Results
 from bench.timing import Samples
-from ddpm_fast.kernels import launch
-from ddpm_fast.kernels.dropout import SPEC
+from ddpm_fast.kernels.dropout.op import SPEC
+from ddpm_fast.kernels.tuning import lookup as launch
 from ddpm_fast.nn import norm
 from ddpm_fast.nn.config import preset
 from ddpm_fast.nn.unet import UNet

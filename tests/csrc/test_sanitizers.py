@@ -26,7 +26,7 @@ NOT_OF_THE_EXTENSION = "not compile and not opcheck and not gradient and not ref
 
 # Beside the kernel tests, to show that they run on this build.
 TEST_OF_THE_BUILD = f"""
-from ddpm_fast.kernels import extension
+from ddpm_fast.kernels.calling import extension
 
 
 def test_the_extension_is_the_sanitized_one():

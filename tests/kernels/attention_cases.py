@@ -2,8 +2,8 @@
 
 import torch
 
-from ddpm_fast.kernels import attention as kernel
-from ddpm_fast.kernels.attention import attention
+from ddpm_fast.kernels.attention import op as kernel
+from ddpm_fast.kernels.attention.op import attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SPEC = kernel.SPEC

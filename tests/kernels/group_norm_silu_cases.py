@@ -2,7 +2,7 @@
 
 import torch
 
-from ddpm_fast.kernels import group_norm_silu as kernel
+from ddpm_fast.kernels.group_norm_silu import op as kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SPEC = kernel.SPEC

@@ -20,7 +20,10 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from ddpm_fast.kernels import adamw_ema, attention, binding, group_norm_silu, offline
+from ddpm_fast.kernels.adamw_ema import op as adamw_ema
+from ddpm_fast.kernels.attention import op as attention
+from ddpm_fast.kernels.group_norm_silu import op as group_norm_silu
+from ddpm_fast.kernels.tuning import binding, offline
 from ddpm_fast.nn import norm
 from ddpm_fast.nn.config import PRESETS, preset
 from ddpm_fast.nn.unet import UNet
@@ -158,7 +161,7 @@ def main(out, jobs):
     unbound = [x.name for x in presets if binding.key_of(x, ARCH) not in found]
     num_stages = defaultdict(set)
     for bound in KERNELS:
-        module = bound.source.fn.fn.__module__.rpartition(".")[2]
+        module = bound.source.fn.fn.__module__.removeprefix("ddpm_fast.kernels.")
         num_stages[module].add(bound.options.num_stages)
     result = {
         "kernels": len(KERNELS),

@@ -9,8 +9,8 @@ from pathlib import Path
 import triton
 import triton.language as tl
 
-from ddpm_fast.kernels import offline
 from ddpm_fast.kernels.spec import Budget, Launch
+from ddpm_fast.kernels.tuning import offline
 
 
 @triton.jit

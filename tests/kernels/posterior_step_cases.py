@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ddpm_fast.kernels import posterior_step as kernel
+from ddpm_fast.kernels.posterior_step import op as kernel
 from tests.kernels.diffusion_cases import ABAR, COUNTERS
 
 PREDICTIONS = ("eps", "x_0", "v")

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import ddpm_fast as df
-from ddpm_fast.kernels import adamw_ema as kernel
-from ddpm_fast.kernels.adamw_ema_launch import Numbers, Tables
+from ddpm_fast.kernels.adamw_ema import op as kernel
+from ddpm_fast.kernels.adamw_ema.launch import Numbers, Tables
 from ddpm_fast.optim.fused_adamw import FusedAdamW
 
 pytest.importorskip("triton")

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from ddpm_fast.kernels import attention_launch
-from ddpm_fast.kernels.attention import attention, reference
+from ddpm_fast.kernels.attention import launch as attention_launch
+from ddpm_fast.kernels.attention.op import attention, reference
 from tests.drawn import given, settings, st
 from tests.kernels.attention_cases import (
     BF16,

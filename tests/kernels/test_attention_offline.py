@@ -11,7 +11,8 @@ pytest.importorskip("triton")
 # A process of its own, because TRITON_INTERPRET=1 in the tests' environment replaces the compiler.
 SPILL = """
 import dataclasses
-from ddpm_fast.kernels import attention_triton, offline
+from ddpm_fast.kernels.attention import forward_triton as attention_triton
+from ddpm_fast.kernels.tuning import offline
 
 launches = {launch.name: launch for launch in attention_triton.launches(90)}
 launch = launches["kv.backward t256 d128"]

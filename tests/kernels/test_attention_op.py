@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ddpm_fast.kernels import attention as kernel
-from ddpm_fast.kernels import attention_launch, target
-from ddpm_fast.kernels.attention import attention, choose, reference
+from ddpm_fast.kernels.attention import launch as attention_launch
+from ddpm_fast.kernels.attention import op as kernel
+from ddpm_fast.kernels.attention.op import attention, choose, reference
+from ddpm_fast.kernels.calling import target
 from tests.kernels.attention_cases import (
     BF16,
     DEVICE,

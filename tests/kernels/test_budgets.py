@@ -20,7 +20,7 @@ def compile_launches(*flags, path=()):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(map(str, (*path, ROOT)))
     done = subprocess.run(
-        [sys.executable, "-m", "ddpm_fast.kernels.offline", *flags],
+        [sys.executable, "-m", "ddpm_fast.kernels.tuning.offline", *flags],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

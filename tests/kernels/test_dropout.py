@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from ddpm_fast import ops
-from ddpm_fast.kernels import dropout as kernel
-from ddpm_fast.kernels import extension
-from ddpm_fast.kernels.philox import Stream
+from ddpm_fast.kernels.calling import extension
+from ddpm_fast.kernels.dropout import op as kernel
+from ddpm_fast.kernels.philox.op import Stream
 
 IMPLS = ("fused", "reference")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ddpm_fast import ops
-from ddpm_fast.kernels import extension
+from ddpm_fast.kernels.calling import extension
 
 ABAR = (1 - torch.linspace(1e-4, 0.02, 100, dtype=torch.float64)).cumprod(0)
 X = torch.linspace(-1, 1, 2 * 3 * 4 * 4).view(2, 3, 4, 4)

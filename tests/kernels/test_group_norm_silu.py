@@ -8,9 +8,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_fast import ops
-from ddpm_fast.kernels import group_norm_silu_launch as launch
-from ddpm_fast.kernels import group_norm_silu_plan
-from ddpm_fast.kernels.group_norm_silu_plan import make_plan
+from ddpm_fast.kernels.group_norm_silu import launch
+from ddpm_fast.kernels.group_norm_silu import plan as group_norm_silu_plan
+from ddpm_fast.kernels.group_norm_silu.plan import make_plan
 from tests.drawn import HealthCheck, assume, given, settings, st
 from tests.kernels.group_norm_silu_cases import (
     DEVICE,

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from ddpm_fast.kernels import group_norm_silu as kernel
+from ddpm_fast.kernels.group_norm_silu import op as kernel
 from tests.kernels.group_norm_silu_cases import (
     ANY_NUMBER,
     EVERYTHING,

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from ddpm_fast import ops
-from ddpm_fast.kernels import group_norm_silu as kernel
-from ddpm_fast.kernels import group_norm_silu_launch as launch
-from ddpm_fast.kernels import target
+from ddpm_fast.kernels.calling import target
+from ddpm_fast.kernels.group_norm_silu import launch
+from ddpm_fast.kernels.group_norm_silu import op as kernel
 from tests.kernels.group_norm_silu_cases import DEVICE, SPEC, results
 
 

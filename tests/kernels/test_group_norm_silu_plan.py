@@ -4,16 +4,16 @@ import pytest
 import torch
 
 from ddpm_fast import ops
-from ddpm_fast.kernels import group_norm_silu_launch as launch
-from ddpm_fast.kernels import launch as table
-from ddpm_fast.kernels import target
-from ddpm_fast.kernels.group_norm_silu_plan import make_plan, shape_class
+from ddpm_fast.kernels.calling import target
+from ddpm_fast.kernels.group_norm_silu import launch
+from ddpm_fast.kernels.group_norm_silu.plan import make_plan, shape_class
+from ddpm_fast.kernels.tuning import lookup as table
 from tests.kernels.group_norm_silu_cases import DEVICE, SPEC, results
 
 
 def test_images_are_counted_by_the_grids_long_axis(monkeypatch):
     """The other axes end at 65,535."""
-    from ddpm_fast.kernels import group_norm_silu_triton as kernels
+    from ddpm_fast.kernels.group_norm_silu import forward_triton as kernels
 
     grids = []
 
@@ -79,13 +79,11 @@ def test_a_devices_own_row_wins_over_its_architectures(monkeypatch):
 
 @pytest.mark.parametrize("name", ["NVIDIA H200", ""])
 def test_launches_ask_for_the_rows_of_the_tensors_own_device(monkeypatch, name):
-    from ddpm_fast.kernels import (
-        adamw_ema_launch,
-        adamw_ema_triton,
-        attention_launch,
-        attention_triton,
-        group_norm_silu_plan,
-    )
+    from ddpm_fast.kernels.adamw_ema import forward_triton as adamw_ema_triton
+    from ddpm_fast.kernels.adamw_ema import launch as adamw_ema_launch
+    from ddpm_fast.kernels.attention import forward_triton as attention_triton
+    from ddpm_fast.kernels.attention import launch as attention_launch
+    from ddpm_fast.kernels.group_norm_silu import plan as group_norm_silu_plan
 
     asked = []
     for module in (group_norm_silu_plan, attention_triton, adamw_ema_triton):
@@ -113,7 +111,7 @@ def test_a_devices_name_is_asked_of_cuda_alone(monkeypatch):
 
 
 def test_every_candidate_of_the_sweep_is_the_plan_of_its_own_flavour(monkeypatch):
-    from ddpm_fast.kernels.group_norm_silu_triton import sweep_candidates
+    from ddpm_fast.kernels.group_norm_silu.forward_triton import sweep_candidates
 
     swept = set()
     for case in SPEC.cases:

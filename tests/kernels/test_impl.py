@@ -5,7 +5,7 @@ import torch
 
 from ddpm_fast import ops
 from ddpm_fast.errors import UsageError
-from ddpm_fast.kernels.impl import FusedError
+from ddpm_fast.kernels.calling.impl import FusedError
 from ddpm_fast.optim.fused_adamw import FusedAdamW
 from ddpm_fast.sample import main as sample
 from ddpm_fast.train.__main__ import main as train

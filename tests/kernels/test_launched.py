@@ -36,7 +36,7 @@ def test_offline_compiles_what_launch_code_binds(bound):
 
 def test_every_launch_says_its_stages_and_prefetches_for_matrix_products_only(bound):
     stages = {module: set(found) for module, found in bound["num_stages"].items()}
-    assert stages.pop("attention_triton") <= {1, 2}
+    assert stages.pop("attention.forward_triton") <= {1, 2}
     assert len(stages) >= 3 and set(map(tuple, stages.values())) == {(1,)}
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ddpm_fast.kernels import offline, sass
 from ddpm_fast.kernels.spec import Budget, Launch
+from ddpm_fast.kernels.tuning import offline, sass
 
 pytest.importorskip("triton", reason="needs Triton's compiler, not a GPU")
 
@@ -186,7 +186,7 @@ def test_rows_survive_the_json_file(tmp_path):
 def test_an_argument_that_the_launch_leaves_out_is_named():
     code = (
         "import sys; sys.path.insert(0, 'tests/kernels'); import offline_kernels as k;"
-        "from dataclasses import replace; from ddpm_fast.kernels import offline;"
+        "from dataclasses import replace; from ddpm_fast.kernels.tuning import offline;"
         "offline.compile_launch(replace(k.LAUNCHES['well'], types={}), 90)"
     )
     done = python("-c", code)
@@ -204,7 +204,7 @@ def test_the_interpreter_is_refused(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1 replaces the compiler"):
         offline.compile_launch(launch(), 90)
-    done = python("-m", "ddpm_fast.kernels.offline", TRITON_INTERPRET="1")
+    done = python("-m", "ddpm_fast.kernels.tuning.offline", TRITON_INTERPRET="1")
     assert done.returncode == 2 and "unset it" in done.stderr
 
 
@@ -217,7 +217,7 @@ def test_the_interpreter_is_refused(monkeypatch):
     ],
 )
 def test_a_bad_argument_is_refused(flags, message):
-    done = python("-m", "ddpm_fast.kernels.offline", *flags)
+    done = python("-m", "ddpm_fast.kernels.tuning.offline", *flags)
     assert done.returncode == 2
     assert message in done.stderr
 
@@ -230,7 +230,7 @@ class NoTorch:
         if name.partition(".")[0] == "torch":
             raise ImportError("no torch here")
 sys.meta_path.insert(0, NoTorch())
-from ddpm_fast.kernels import offline
+from ddpm_fast.kernels.tuning import offline
 print(len(offline.collect([90], offline.triton_kernels())))
 """
 
@@ -243,7 +243,7 @@ def test_launches_are_collected_without_torch():
 
 def test_launches_of_the_specs_are_those_of_the_triton_modules():
     code = (
-        "from ddpm_fast.kernels import SPECS, offline;"
+        "from ddpm_fast.kernels import SPECS; from ddpm_fast.kernels.tuning import offline;"
         "names = {l.name for s in SPECS for l in s.launches(90)};"
         "assert names == {l.name for _, l, _ in offline.collect([90], offline.triton_kernels())}"
     )
@@ -256,7 +256,7 @@ def test_the_stored_table_holds_every_launch_and_no_violation():
     assert version.startswith("3.6.")
     assert [row for row in rows if row.violations] == []
     code = (
-        "import json; from ddpm_fast.kernels import offline;"
+        "import json; from ddpm_fast.kernels.tuning import offline;"
         "found = offline.collect(list(offline.CHIPS), offline.triton_kernels());"
         "print(json.dumps([[kernel, launch.name, arch] for kernel, launch, arch in found]))"
     )
@@ -264,6 +264,6 @@ def test_the_stored_table_holds_every_launch_and_no_violation():
     assert done.returncode == 0, done.stderr
     stored = [[row.kernel, row.launch, row.arch] for row in rows]
     assert sorted(stored) == sorted(json.loads(done.stdout)), (
-        "with Triton 3.6: python -m ddpm_fast.kernels.offline"
-        " --json ddpm_fast/kernels/resources.json"
+        "with Triton 3.6: python -m ddpm_fast.kernels.tuning.offline"
+        " --json ddpm_fast/kernels/tuning/resources.json"
     )

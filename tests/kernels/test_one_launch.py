@@ -8,7 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ddpm_fast as df
 from ddpm_fast.data import open_images
-from ddpm_fast.kernels import extension, posterior_step_launch, q_sample_launch
+from ddpm_fast.kernels.calling import extension
+from ddpm_fast.kernels.posterior_step import launch as posterior_step_launch
+from ddpm_fast.kernels.q_sample import launch as q_sample_launch
 from ddpm_fast.sample import main as sample
 from ddpm_fast.train.config import TrainConfig
 from ddpm_fast.train.setup import make_step

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from ddpm_fast import ops
-from ddpm_fast.kernels import extension, philox
+from ddpm_fast.kernels.calling import extension
+from ddpm_fast.kernels.philox import op as philox
 from tests.drawn import given, settings, st
 
 NORMAL_ATOL = 2e-6  # fp32 polynomials against fp64: |z| <= 6.67 times a few fp32 roundings
@@ -75,7 +76,7 @@ def test_counter_layout_is_element_stream_sample_step():
 
 
 def normals_fp64(words: np.ndarray) -> np.ndarray:
-    """The definition in kernels/philox.py, in NumPy. words (n, 2) uint32 -> (n, 2) fp64."""
+    """The definition in kernels/philox/op.py, in NumPy. words (n, 2) uint32 -> (n, 2) fp64."""
     a, b = words[:, 0].astype(np.uint64), words[:, 1].astype(np.float64)
     u = (a + 1).astype(np.float32).astype(np.float64) / 2**32
     radius = np.sqrt(-2 * np.log(u))

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from ddpm_fast.kernels.philox import reference_words
+from ddpm_fast.kernels.philox.op import reference_words
 from tests.kernels.test_philox import VECTORS
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
-philox_words = pytest.importorskip("ddpm_fast.kernels.group_norm_silu_tiles").philox_words
+philox_words = pytest.importorskip("ddpm_fast.kernels.group_norm_silu.tiles").philox_words
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROWS = 64

@@ -8,9 +8,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ddpm_fast import ops
-from ddpm_fast.kernels import extension
-from ddpm_fast.kernels import posterior_step as kernel
-from ddpm_fast.kernels.philox_counters import Stream
+from ddpm_fast.kernels.calling import extension
+from ddpm_fast.kernels.philox.counters import Stream
+from ddpm_fast.kernels.posterior_step import op as kernel
 from tests import original
 from tests.kernels.diffusion_cases import ABAR, COUNTERS, FORMATS, IMPLS, T, times
 from tests.kernels.posterior_step_cases import (

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from ddpm_fast import ops
-from ddpm_fast.kernels import extension
-from ddpm_fast.kernels import q_sample as kernel
-from ddpm_fast.kernels.philox_counters import Stream
+from ddpm_fast.kernels.calling import extension
+from ddpm_fast.kernels.philox.counters import Stream
+from ddpm_fast.kernels.q_sample import op as kernel
 from tests import original
 from tests.kernels.diffusion_cases import ABAR, COUNTERS, FORMATS, IMPLS, T, times
 from tests.kernels.q_sample_cases import ATOL, SHAPES, TARGETS, assert_near, both, images, pixels

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ddpm_fast import ops
-from ddpm_fast.kernels.philox_counters import Stream
+from ddpm_fast.kernels.philox.counters import Stream
 from tests.kernels.diffusion_cases import ABAR, COUNTERS, FORMATS, T, needs_gpu, on_cuda, times
 from tests.kernels.q_sample_cases import ATOL, SHAPES, TARGETS, assert_near, images, pixels
 

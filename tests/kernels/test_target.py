@@ -1,6 +1,6 @@
 import torch
 
-from ddpm_fast.kernels import target
+from ddpm_fast.kernels.calling import target
 
 
 def test_a_chips_number_is_a_constant_of_a_compiled_graph(monkeypatch):

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from ddpm_fast import ops
-from ddpm_fast.kernels import extension, posterior_step_checks, q_sample_checks
+from ddpm_fast.kernels.calling import extension
+from ddpm_fast.kernels.posterior_step import checks as posterior_step_checks
+from ddpm_fast.kernels.q_sample import checks as q_sample_checks
 
 T = 10
 ABAR = (1 - torch.linspace(1e-4, 0.02, T, dtype=torch.float64)).cumprod(0)

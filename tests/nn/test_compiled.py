@@ -8,7 +8,7 @@ from functorch.compile import make_boxed_func, min_cut_rematerialization_partiti
 from torch._dynamo.backends.common import aot_autograd
 
 import ddpm_fast as df
-from ddpm_fast.kernels import attention
+from ddpm_fast.kernels.attention import op as attention
 from ddpm_fast.nn.config import PRESETS
 
 pytest.importorskip("triton")

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm_fast import ops
 from ddpm_fast.data import open_images
-from ddpm_fast.kernels.group_norm_silu import SPEC
+from ddpm_fast.kernels.group_norm_silu.op import SPEC
 from ddpm_fast.runtime.graphs import WARM_UP_CALLS
 from ddpm_fast.train import profile
 from ddpm_fast.train.config import TrainConfig

@@ -1,0 +1,1 @@
+"""AdamW and its averages in three launches."""

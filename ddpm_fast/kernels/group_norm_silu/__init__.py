@@ -1,0 +1,1 @@
+"""GroupNorm, scale and shift, SiLU and dropout in one pass."""

@@ -1,0 +1,1 @@
+"""Launch numbers by chip, offline compilation, and what the compiled kernels need."""
