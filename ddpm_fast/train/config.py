@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -45,7 +46,7 @@ RANGES = {
     "learning_rate": (1e-12, 1e3),
     "warmup_steps": (0, MOST_STEPS),
     "weight_decay": (0.0, 1e3),
-    "grad_clip": (0.0, 1e12),
+    "grad_clip": (0.0, math.inf),
     "ema_update_rate": (1, MOST_STEPS),
     "seed": (0, 2**63 - 1),
     "timeout": (0.1, 1e7),
@@ -135,7 +136,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     """AdamW's decoupled decay"""
     grad_clip: float = 1.0
-    """largest global gradient norm; 0: no clipping"""
+    """largest global gradient norm; 0 or inf: no clipping"""
     ema_decay: float = 0.995
     """share of the averaged weights kept at each update"""
     extra_ema_decays: tuple[float, ...] = ()

@@ -163,6 +163,14 @@ def test_a_resumed_run_takes_its_own_values_again_and_a_folder_without_one_is_na
         parsed(f"--resume {tmp_path / 'empty'}")
 
 
+def test_a_saved_run_that_does_not_clip_by_inf_goes_on_and_the_flag_may_say_so(tmp_path):
+    text = TrainConfig(grad_clip=float("inf")).to_json()
+    assert '"grad_clip": Infinity' in text
+    (tmp_path / "config.json").write_text(text)
+    assert parsed(f"--resume {tmp_path}").grad_clip == float("inf")
+    assert parsed("--grad-clip inf").grad_clip == float("inf")
+
+
 def test_numbers_of_numpy_and_torch_are_pythons_own_in_a_configuration():
     own = TrainConfig(
         iterations=np.int64(5), learning_rate=np.float32(0.5), channel_mults=[np.int8(1), 2],
