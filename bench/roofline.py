@@ -284,13 +284,12 @@ _MODELS = {
 }  # fmt: skip
 
 # The first pattern that a kernel's name holds. A kernel by Inductor is called by all that it fuses,
-# as may be a product's way of adding up. Our norms and attentions share the Triton kernels' names,
-# of which a training step has one small attention's: all count as norms.
+# as may be a product's way of adding up.
 _KERNEL_NAMES = (
     ("adds, casts", r"^triton_(?!tem)"),
     ("optimizer", r"adam|lerp|multi_tensor|^(norm|outcome|update)_kernel"),
-    ("attention", r"sdpa|flash|fmha|attention|^backward_(q|kv)_kernel"),
-    ("norms", r"group_?norm|^(stats|forward|sums|backward)_kernel"),
+    ("attention", r"sdpa|flash|fmha|attention"),
+    ("norms", r"group_?norm"),
     ("adds, casts", r"at::native|elementwise|memcpy"),
     ("convolutions", r"conv|cudnn|cutlass|xmma|gemm|gemv|nvjet|cublas|[wd]grad|fprop|nhwc|splitk"),
 )

@@ -22,9 +22,15 @@ from bench.roofline import (
     parts_of_profile,
     step,
 )
+from ddpm_fast.kernels import attention_triton, group_norm_silu_triton
 from ddpm_fast.nn.config import preset
 from tests.bench.test_report import invented, kernel_row, model_row
 
+# As a profile has them
+KERNEL_NAMES = {
+    "group_norm_silu": [kernel.__name__ for kernel in group_norm_silu_triton._KERNELS.values()],
+    "attention": [kernel.__name__ for kernel in attention_triton.KERNELS.values()],
+}
 H100 = GIVEN["H100"]
 NORM = "group_norm_silu 256x128x32x32 bfloat16 forward"
 DROPOUT = "group_norm_silu 256x128x32x32 add dropout bfloat16 backward"
@@ -185,7 +191,11 @@ def test_a_batch_that_was_measured_is_predicted_too(write):
 
 def test_a_profiles_kernels_are_drawn_by_part_and_the_rest_of_the_step_is_other(write, tmp_path):
     pytest.importorskip("matplotlib")
-    named = [("nvjet_hsh_128x256", 40e3), ("forward_kernel", 9e3), ("Memset (Device)", 500.0)]
+    named = [
+        ("nvjet_hsh_128x256", 40e3),
+        ("group_norm_silu_forward_kernel", 9e3),
+        ("Memset (Device)", 500.0),
+    ]
     profile = {"steps": 20, "kernels": [dict(name=n, us=us, calls=1.0) for n, us in named]}
     data, page, rows = measured(profile=profile), tmp_path / "page.html", tmp_path / "rows.json"
     assert report.main([str(write(data)), "--html", str(page), "--json", str(rows)]) == 0
@@ -205,8 +215,8 @@ def test_a_profiles_kernels_are_drawn_by_part_and_the_rest_of_the_step_is_other(
         ("nvjet_hsh_256x128_64x4_1x2_h_bz_coopA_NTT", "convolutions"),
         ("void cutlass__5x_cudnn::Kernel<cutlass_tensorop_bf16_s16816wgrad>", "convolutions"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_31", "attention"),
-        ("forward_kernel", "norms"),
-        ("sums_kernel", "norms"),
+        *((kernel, "norms") for kernel in KERNEL_NAMES["group_norm_silu"]),
+        *((kernel, "attention") for kernel in KERNEL_NAMES["attention"]),
         ("update_kernel", "optimizer"),
         ("void at::native::multi_tensor_apply_kernel<FusedAdamMath", "optimizer"),
         ("void at::native::vectorized_elementwise_kernel<4, CUDAFunctor_add", "adds, casts"),
@@ -218,6 +228,11 @@ def test_a_profiles_kernels_are_drawn_by_part_and_the_rest_of_the_step_is_other(
 def test_a_kernel_of_a_step_belongs_to_the_part_that_its_name_tells(name, part):
     found = parts_of_profile([{"name": name, "us": 7000.0}], 7.0)
     assert {each: ms for each, ms in found.items() if ms} == {part: 7.0}
+
+
+def test_the_kernels_of_norms_and_of_attention_share_no_name():
+    norms, attention = map(set, KERNEL_NAMES.values())
+    assert len(norms) == len(attention) == 4 and not norms & attention
 
 
 def test_an_unknown_device_has_the_ceilings_of_its_own_run_the_largest_of_its_stages(write):
