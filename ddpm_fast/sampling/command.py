@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from ddpm_fast.device import is_out_of_memory
+from ddpm_fast.device import is_out_of_memory, set_tf32
 from ddpm_fast.diffusion.compiling import pays
 from ddpm_fast.diffusion.sampler import OnStep, Sampler
 from ddpm_fast.diffusion.sampler_checks import default_steps
@@ -78,6 +78,8 @@ def _warnings_as_lines() -> Iterator[None]:
 
 
 def _draw(options: SampleOptions, device: torch.device, world: World) -> None:
+    if device.type == "cuda":
+        set_tf32()
     trained = _load(options, device, world)
     world.together(lambda: _check(options, trained))
     dtype = _dtype(options, device)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ddpm_fast.device import set_tf32
 from ddpm_fast.monitoring import host
 from ddpm_fast.monitoring.devices import nvml_uuid
 from ddpm_fast.monitoring.monitor import EnergyMeter
@@ -47,6 +48,7 @@ class Worker:
         self.device = torch.device("cuda", local) if self.on_gpu else torch.device("cpu")
         if self.on_gpu:
             torch.cuda.set_device(self.device)
+            set_tf32()
         dist.init_process_group(
             spec["backend"], timeout=TIMEOUT, device_id=self.device if self.on_gpu else None
         )

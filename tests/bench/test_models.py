@@ -185,7 +185,7 @@ def test_distance_is_over_all_tensors_together():
     assert distance([torch.tensor([3.0]), torch.tensor([4.5])], truth) == pytest.approx(0.1)
 
 
-def test_bf16_and_tf32_have_their_own_tolerances():
+def test_bf16_and_fp32_on_cuda_have_their_own_tolerances():
     assert tolerance_of(Setup(net="ours"), CPU) == BF16
     assert tolerance_of(EAGER[0], CPU) == FP32 < tolerance_of(EAGER[0], torch.device("cuda")) < BF16
 
