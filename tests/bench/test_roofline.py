@@ -9,14 +9,18 @@ import pytest
 
 from bench import report
 from bench.ceilings import Ceilings
+from bench.environment import ROOT
 from bench.model_work import work_of
 from bench.report_data import load
 from bench.report_roofline import IMPL, device_of, roofline
 from bench.roofline import (
+    CASTS,
     GIVEN,
     LAUNCH_MS,
     PARTS,
     Device,
+    _norm_ms,
+    _shapes,
     convolution_ms,
     kernels,
     parts_of_profile,
@@ -92,6 +96,45 @@ def test_an_upsampling_is_four_ninths_of_its_convolution_and_reads_the_small_ima
     ms = convolution_ms(Device("", Ceilings(1e9, 1.0), ""), 1, 256, 256, 3, 64, 256, False)
     flops = 2 * 256 * 256 * 9 * 256 * 4 / 9
     assert ms == pytest.approx(flops / 1e9 * (1 / 0.45 + 1 / 0.80 + 1 / 0.68) + 3 * LAUNCH_MS)
+
+
+def of_part(part, config="cifar10"):
+    return [shape for name, shape in _shapes(preset(config), 32) if name == part]
+
+
+def test_what_passes_between_the_kernels_is_the_sum_by_hand():
+    of_32, of_16, of_8, of_4 = (channels * side**2 for channels, side in
+                                ((128, 32), (256, 16), (256, 8), (256, 4)))  # fmt: skip
+    elements = 3 * 3 * 32**2  # the last convolution's bias and its gradient
+    # first conv; two blocks; padded and cut; downsampled, a quarter's 8; upsampled; shortcuts
+    elements += of_32 * (8 + 4 + 8 + 4 + 2 + 2 * 6 + 3)
+    # a shortcut and a qkv; a qkv; padded and cut; upsampled; shortcuts and qkv, the last sum
+    elements += of_16 * (1 + 9 + 4 + 9 + 4 + 4 + 4 + 6 + 3 * (1 + 9) + 4)
+    elements += of_8 * (8 + 4 + 8 + 4 + 6 + 3 + 3)
+    elements += of_4 * (8 + 4 + 4 + 9 + 3 + 3)
+    assert sum(count for (count,) in of_part("adds, casts")) == elements
+
+
+def test_a_blocks_sum_is_the_next_norms_and_a_shortcut_over_two_tensors_two_products():
+    norms = of_part("norms")
+    assert sum(bool(summed) for *_, summed, _ in norms) == 22  # 16 blocks', 6 attentions'
+    assert norms[-1][-2:] == (128, False)  # whose sum nobody else reads
+    assert sum(split for *_, split in of_part("convolutions")) == 12  # on the way up
+    device, bf16 = Device("", Ceilings(1e-3, 1e12), ""), 2
+    ms = lambda *shape: _norm_ms(device, 4, 64, 256, 0.0, "silu", *shape)  # noqa: E731
+    tensor_ms = bf16 * 4 * 64 * 256 / 1e6 / 1e-3 * 1e3 / 1e3 / 0.87
+    assert ms(64, True) - ms(0, False) == pytest.approx(3 * tensor_ms)
+    assert ms(64, False) - ms(0, False) == pytest.approx(2 * tensor_ms)
+    assert ms(16, True) - ms(0, False) == pytest.approx(3 * tensor_ms / 4)  # of cat([x, skip])
+    shape = (512, 64, 1, 256, 256, False)
+    of_two = convolution_ms(device, 4, *shape, True) - convolution_ms(device, 4, *shape)
+    assert of_two == pytest.approx(4 * tensor_ms)
+
+
+def test_the_casts_are_those_of_the_counted_step():
+    page = (ROOT / "docs" / "kernels_per_step.md").read_text()
+    cells = next(line for line in page.splitlines() if line.startswith("| casts |")).split("|")
+    assert sum(map(int, cells[4:6])) == CASTS  # of weights and vectors
 
 
 @pytest.mark.parametrize("batch", [128, 512])
