@@ -309,9 +309,9 @@ class Sampler:
     def _follow_addresses(self, held: list[Tensor]) -> None:
         """Other graphs where what they read lies elsewhere now, or autocast is another."""
         reads = (addresses(self.net, held, self.device), autocast_dtype(self.device.type))
-        if reads != self._captured_from:
+        if self._captured_from not in (None, reads):  # None: nothing is captured yet
             self._capture_anew()
-            self._captured_from = reads
+        self._captured_from = reads
 
     def _classes(self, y: Tensor | None, num_images: int) -> Tensor | None:
         """(N,) int64, or None; ValueError for what the net cannot take."""
