@@ -190,7 +190,15 @@ def _net(
     config: UNetConfig, weights: checkpoint.Tensors, proc: Diffusion | None, source: Path,
     device: torch.device | str,
 ) -> UNet:  # fmt: skip
-    net = UNet.from_config(config)
+    # The same net whatever torch's defaults are: fp32, on the CPU, to train with.
+    with torch.inference_mode(False), torch.device("cpu"):
+        net = UNet.from_config(config).float()
+        _take_weights(net, weights, source)
+        net.process = proc  # a plain attribute: in no state dict, copied and pickled with the net
+        return net.eval().to(device, memory_format=torch.channels_last)
+
+
+def _take_weights(net: UNet, weights: checkpoint.Tensors, source: Path) -> None:
     expected = net.state_dict()
     if not expected.keys() & weights.keys():
         raise CheckpointError(
@@ -199,8 +207,6 @@ def _net(
         )
     checkpoint.check_state(expected, weights, source)
     net.load_state_dict(weights)
-    net.process = proc  # a plain attribute: in no state dict, copied and pickled with the net
-    return net.eval().to(device, memory_format=torch.channels_last)
 
 
 def _warn(message: str) -> None:
