@@ -97,6 +97,8 @@ def check_capture(model: Model) -> Parity:
     memory is free again when the first captured one is recorded.
     """
     state = model.state()
+    if (rng := getattr(model.net, "rng", None)) is not None:  # ours draws dropout by it
+        state.append(rng)
     start = [each.clone() for each in state]
     changes = []
     for step in (model.eager_step, model.step):

@@ -15,6 +15,7 @@ time in each itself.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,9 @@ class Span:
 def record(step: Callable[[], object], device: torch.device, steps: int = STEPS) -> list[Span]:
     """What so many calls run on the device; RuntimeError where the profiler cannot be used."""
     on_cuda = device.type == "cuda"
+    if on_cuda:  # CUPTI that is taken down and started again breaks graphs (torch's note)
+        os.environ.setdefault("TEARDOWN_CUPTI", "0")
+        os.environ.setdefault("DISABLE_CUPTI_LAZY_REINIT", "1")
     activity = ProfilerActivity.CUDA if on_cuda else ProfilerActivity.CPU
     with profiler_of(activities=[activity]) as profiler:
         for _ in range(steps):

@@ -1,6 +1,8 @@
 """The GPU's busy share and the profile of a step: overlapping kernels count once as time covered,
 names that span several kernels not at all."""
 
+import os
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -72,3 +74,20 @@ def test_the_text_of_a_profile_has_a_line_a_kernel_with_its_share():
     lines = text_of(found, "ours").splitlines()
     assert lines[0].startswith("ours: 2 kernels a step, 32.0 us")
     assert lines[1].split() == ["30.0", "us", "93.8", "%", "1.0", "x", "conv"]
+
+
+def test_a_profile_leaves_cupti_up_for_the_graphs_that_come_after_it(monkeypatch):
+    left_up = []
+
+    @contextmanager
+    def profiler(activities):
+        left_up.append((activities, os.environ.get("TEARDOWN_CUPTI")))
+        yield SimpleNamespace(events=lambda: [])
+
+    for name in ("TEARDOWN_CUPTI", "DISABLE_CUPTI_LAZY_REINIT"):
+        monkeypatch.setenv(name, "")  # and so put back after the test
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(step_profile, "profiler_of", profiler)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert step_profile.record(lambda: None, torch.device("cuda"), 2) == []
+    assert left_up == [([torch.profiler.ProfilerActivity.CUDA], "0")]
