@@ -34,6 +34,7 @@ from typing import Any
 import torch
 
 from bench import processes
+from bench.arguments import ArgumentParser
 from bench.failures import failure
 from bench.results import Results, set_aside
 from bench.smoke_checks import CHECKS, EQUAL_LOSSES, FIRST
@@ -253,7 +254,7 @@ def run_check(name: str, dry_run: bool) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run all checks; 1 if something is red, or there is no GPU."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m bench.smoke", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip

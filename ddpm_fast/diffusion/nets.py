@@ -24,9 +24,20 @@ def attribute(net: Any, name: str, default: Any = None) -> Any:
         value = getattr(net, name, _MISSING)
         if value is not _MISSING:
             return value
-        inside = getattr(net, "_orig_mod", None)
-        net = getattr(net, "module", None) if inside is None else inside
+        net = _inside(net)
     return default
+
+
+def unwrapped(net: Any) -> Any:
+    """The net inside DDP's and torch.compile's wrappers; another one as it is."""
+    while (inside := _inside(net)) is not None:
+        net = inside
+    return net
+
+
+def _inside(net: Any) -> Any:
+    inside = getattr(net, "_orig_mod", None)
+    return getattr(net, "module", None) if inside is None else inside
 
 
 def own_device(net: Any) -> torch.device | None:

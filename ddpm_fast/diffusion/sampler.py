@@ -387,7 +387,8 @@ class Sampler:
         self._at += 1
 
     def _predicted(self, times: Tensor, *y: Tensor) -> Tensor:
-        eps = prediction_of(self._forward(self._input, times, *y))
+        # Detached: a net may ask its own input for a gradient, in place.
+        eps = prediction_of(self._forward(self._input.detach(), times, *y)).detach()
         buffers = {b.untyped_storage().data_ptr() for b in (self._x, self._input)}
         given = eps.untyped_storage().data_ptr() in buffers
         return eps.clone() if given else eps  # a net that returns what it was given

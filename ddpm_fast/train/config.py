@@ -73,9 +73,9 @@ class TrainConfig:
     data_root: str = "data"
     """folder for downloads and decoded images"""
     image_size: int | None = None
-    """pixels a side to resize to; None: as stored, or the preset's for photographs"""
+    """pixels a side to resize to; None: as stored, or for photographs what fits them or --preset"""
     img_channels: Literal[1, 3] | None = None
-    """1 (grey) or 3 (RGB), which the images become; None: the preset's"""
+    """1 (grey) or 3 (RGB), which the images become; None: the images' own, or --preset's"""
     array_key: str | None = None
     """name of the images in an .npz; None: by name, shape and dtype"""
     float_images: Literal["refuse", "minmax"] = "refuse"

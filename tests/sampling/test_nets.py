@@ -177,13 +177,14 @@ def test_no_cast_of_a_weight_outlives_the_step_that_made_it_under_autocast(net):
 # --- gradients
 
 
-def test_a_net_may_differentiate_inside():
-    """As classifier guidance does."""
+@pytest.mark.parametrize("own_copy", [True, False])
+def test_a_net_may_differentiate_inside(own_copy):
+    """As classifier guidance does, by a copy of its input or by the input itself."""
 
     def guided(x, t, y=None):
         with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            (slope,) = torch.autograd.grad((x**2).sum(), x)
+            x = (x.detach() if own_copy else x).requires_grad_()
+            (slope,) = torch.autograd.grad((x**2).sum(), x, create_graph=not own_copy)
         return 0.1 * slope
 
     plain = draw(lambda x, t, y=None: 0.2 * x, **SHAPE)
@@ -317,6 +318,7 @@ def test_no_process_at_all_is_one_line(net):
         ({"compile": "yes"}, "compile='yes'"),
         ({"dtype": torch.int32}, "dtype=torch.int32"),
         ({"guidance": "2", "null_class": 1}, "guidance='2'"),
+        ({"proc": "linear"}, "proc='linear' must be a Diffusion"),
     ],
 )
 def test_an_argument_that_would_be_ignored_or_misread_is_refused(net, changes, told):
