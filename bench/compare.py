@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from bench.arguments import ArgumentParser
 from bench.timing import Samples
 
 LOW, HIGH = 0.1, 0.9  # quantiles; a file without samples has quartiles only
@@ -273,7 +274,7 @@ def _show(console: Console, a: Run, b: Run, threshold_percent: float) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """1 if a row got slower beyond the noise, 2 if the files cannot be compared."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m bench.compare", description=(__doc__ or "").partition(":")[0]
     )
     parser.add_argument("a", type=Path, metavar="A.json", help="before")

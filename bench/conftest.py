@@ -6,6 +6,7 @@ What a row's extra_info holds beside its own figures:
                                        kernels the larger of those before and after a module's rows
     device, threads, commit, versions, sdpa_backend
                                        where; threads are the host's, the backend is of training
+    tf32                               on a GPU, of fp32 convolutions and products: false
     sm_mhz, memory_mhz, celsius, watts, watts_limit
                                        the GPU's just after the samples were taken; None on a CPU
 """
@@ -22,6 +23,7 @@ from bench import ceilings as bench_ceilings
 from bench import environment
 from bench.ratios import Ratio, ratio_table
 from bench.replay import replay
+from ddpm_fast.runtime.device import set_tf32
 
 pytest.importorskip("pytest_benchmark", reason="pip install pytest-benchmark")
 
@@ -76,11 +78,14 @@ def _ceilings(device, threads):
     return bench_ceilings.measure(device)[0]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def where():
-    """Device, versions, commit and SDPA backend, for every figure's extra_info."""
+    """Device, versions, commit, SDPA backend and TF32, for every figure's extra_info."""
+    if torch.cuda.is_available():
+        set_tf32()
     found = environment.describe()
-    return {name: found[name] for name in ("device", "commit", "versions", "sdpa_backend")}
+    names = ("device", "commit", "versions", "sdpa_backend", "tf32")
+    return {name: found[name] for name in names if name in found}
 
 
 @pytest.fixture

@@ -20,8 +20,8 @@ PACKAGES = ("torch", "triton", "numpy", "ddpm-fast", "diffusers", "liger-kernel"
 
 
 def describe() -> dict[str, Any]:
-    """Device, versions of the packages that are installed, commit, and torch's attention for the
-    shape that trains."""
+    """Device, versions of the packages that are installed, commit, torch's attention for the shape
+    that trains, and on a GPU whether fp32 is TF32, which is false in all of bench's rows."""
     import torch
 
     versions = {"python": platform.python_version()}
@@ -36,6 +36,7 @@ def describe() -> dict[str, Any]:
         gpu = torch.cuda.get_device_properties(0)
         versions |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
         found |= {
+            "tf32": tf32(),
             "compute_capability": f"{gpu.major}.{gpu.minor}",
             "multiprocessors": gpu.multi_processor_count,
             "memory_gib": round(gpu.total_memory / 2**30, 1),
@@ -62,6 +63,14 @@ def sdpa_backend() -> str:
         return SDPBackend(torch._fused_sdp_choice(q, k, v)).name
     except (RuntimeError, AttributeError, ValueError) as error:
         return f"unknown: {type(error).__name__}: {' '.join(str(error).split())[:100]}"
+
+
+def tf32() -> bool | str:
+    """Whether fp32 convolutions and matrix products multiply in TF32; "mixed": one of them does."""
+    import torch
+
+    found = {torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32}
+    return found.pop() if len(found) == 1 else "mixed"
 
 
 def device_name() -> str:

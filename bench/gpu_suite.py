@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import environment, packages
+from bench.arguments import ArgumentParser
 from bench.processes import run_limited, stop_on_sigterm
 from bench.results import (
     DEVICE_LOST,
@@ -146,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"    {name}  {call.seconds:g} s  {', '.join(call.stages)}: {call.about}\n"
         for name, call in CALLS.items()
     )
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m bench.gpu_suite", description=__doc__, epilog=CALLS_HELP + calls,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip

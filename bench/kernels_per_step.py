@@ -7,7 +7,6 @@ attention that an H100 or H200 would take.
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections import Counter
 from pathlib import Path
@@ -15,6 +14,8 @@ from unittest import mock
 
 import torch
 from torch.fx import GraphModule, Node
+
+from bench.arguments import ArgumentParser
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "kernels_per_step.md"
 MARKS = ("<!-- table: python -m bench.kernels_per_step --write -->\n", "<!-- end -->\n")
@@ -139,7 +140,7 @@ def table(counts: dict[str, Counter[tuple[str, bool]]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.kernels_per_step", description=__doc__)
+    parser = ArgumentParser(prog="python -m bench.kernels_per_step", description=__doc__)
     parser.add_argument("--preset", default="cifar10")
     parser.add_argument("--write", action="store_true", help=f"into {PAGE.name}")
     arguments = parser.parse_args()

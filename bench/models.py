@@ -33,6 +33,7 @@ class Setup:
     """A way to run a preset's net.
 
     net            "ours", "original" or "diffusers"
+    bf16           else fp32, on a GPU without TF32, as the trainer's default is
     compile        torch.compile's mode, or None for eager
     channels_last  memory of activations and weights; else NCHW
     captured       the whole training step as one CUDA graph

@@ -7,12 +7,12 @@ predicts it for each device whose ceilings are known; with one, what was measure
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from bench.arguments import ArgumentParser
 from bench.ceilings import MOST_PERCENT, is_above
 from bench.environment import COMMIT_VARIABLE, UNKNOWN_COMMIT
 from bench.report_data import (
@@ -213,7 +213,7 @@ def _escaped(cell: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Read the arguments and write; 1 for a dry run's results, 2 for what cannot be read."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m bench.report", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument("results", nargs="*", type=Path, metavar="SUITE_JSON")

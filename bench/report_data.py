@@ -151,18 +151,17 @@ def load(path: Path) -> Suite:
 
 
 def comparisons(suite: Suite) -> list[Comparison]:
-    """Ours, in its fastest way, beside the fastest of each kind of baseline."""
+    """Ours, in its fastest way, beside the fastest of each kind of baseline at the same batch."""
     groups: dict[tuple, list[Row]] = {}
     for stage in ("models", "sampling"):
         for row in suite.rows(stage):
-            batch = row["batch"] if stage == "sampling" else None
-            groups.setdefault((row["what"], row["preset"], batch), []).append(row)
+            size = _images(row["batch"]) if stage == "sampling" else f"batch {row['batch']}"
+            groups.setdefault((row["what"], row["preset"], size), []).append(row)
     found = []
-    for (what, preset, batch), rows in groups.items():
+    for (what, preset, size), rows in groups.items():
         ours = _best(rows, lambda impl: impl.startswith("ours"))
         if ours is None:
             continue
-        size = _images(batch) if batch else f"batch {ours['batch']}"
         name = f"{what}, {preset}, {size}"
         bases = (_best(rows, is_one) for is_one in BASELINES.values())
         found += [_compare(name, ours, base) for base in bases if base is not None]

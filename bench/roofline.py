@@ -9,10 +9,13 @@ measured by this project yet; measured / predicted is its residual:
     MUFU           elements (2 forward, 4 backward) / (16 lanes, SMs, GHZ) / MUFU_USED
     convolutions   of each pass (forward, dgrad, wgrad) the same: share by PRODUCTS, FLOPs as of
                    whole waves of 128 x 128 tiles over the SMs; upsampling is 4/9 of its FLOPs
-    norms          a kernel of 2 tensors forward, 3 backward
+                   a 1x1 shortcut over x and skip is two products, of which the second reads and
+                   writes the first's sum: 2 tensors more forward, dy once more in either gradient
+    norms          a kernel of 2 tensors forward, 3 backward; with a block's residual 4 (it reads
+                   that, and stores the sum) and 4 (the sum's gradient; the last norm's has none)
     attention      2 products forward and 5 backward by SDPA; dq, dk, dv stacked once
-    adds, casts    residual, gradient and bias sums as `_added` counts them; of each parameter a
-                   bf16 copy and its gradient's fp32 one, in CASTS launches of CAST_MS
+    adds, casts    2 bytes (sum of `_added`'s elements) / (REACHED copy); of each parameter a bf16
+                   copy and its gradient's fp32 one, in CASTS launches of CAST_MS
     optimizer      clip, AdamW and EMA by torch: 52 bytes a parameter in 35 launches
     other          SMALL_MS: small kernels, gaps in the graph
 """
@@ -20,6 +23,7 @@ measured by this project yet; measured / predicted is its residual:
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -42,7 +46,8 @@ from ddpm_fast.nn.config import UNetConfig
 # CASTS alone is counted, in the compiled step's graphs.
 REACHED, ISSUED, MUFU_USED = 0.87, 0.75, 0.85  # of the ceiling of that name
 GHZ, ISSUE_LANES, MUFU_LANES = 1.85, 128, 16  # of an SM
-LAUNCH_MS, CAST_MS, SMALL_MS, CASTS = 0.003, 0.001, 0.8, 332
+LAUNCH_MS, CAST_MS, SMALL_MS = 0.003, 0.001, 0.8
+CASTS = 165 + 196  # of weights and vectors: docs/kernels_per_step.md
 PRODUCTS = {"wide": 0.80, "narrow": 0.70, "strided": 0.45}  # narrow: below 256 channels
 WGRAD_LESS = 0.12
 SDPA = (0.69, 0.43)  # cuDNN's, forward and backward
@@ -199,22 +204,37 @@ def _shapes(config: UNetConfig, side: int) -> list[tuple[str, tuple]]:
     device; pixels and elements are an image's."""
     found: list[tuple[str, tuple]] = []
 
+    def summed_by(name: str) -> tuple[int, bool]:
+        """Channels of the residual that a norm adds, and whether others read the sum too."""
+        if name.endswith("attention.norm"):
+            return net.get_submodule(name).num_channels, True
+        of_block = name.endswith("norm_1")
+        layer = net.get_submodule(name.removesuffix(".norm_1"))
+        last = before.get(layer)
+        summed = last.conv_2[1].out_channels if hasattr(last, "norm_1") else 0
+        return summed, of_block
+
     def note(name: str, module: nn.Module, x: torch.Size, y: torch.Size) -> None:
         pixels, up = x[2:].numel(), ".upsample." in name
         if isinstance(module, nn.Conv2d):
             read = pixels // 4 if up else pixels  # the upsampled image is never made
             shape = (x[1], y[1], module.kernel_size[0], read, y[2:].numel(), name == "init_conv")
-            found.append(("convolutions", shape))
+            split = name.startswith("ups.") and name.endswith("residual_connection")
+            found.append(("convolutions", (*shape, split)))
         elif isinstance(module, nn.GroupNorm):
             dropout = config.dropout if name.endswith("norm_2") else 0.0
             act = None if name.endswith("attention.norm") else config.activation
-            found.append(("norms", (x[1], pixels, dropout, act)))
+            found.append(("norms", (x[1], pixels, dropout, act, *summed_by(name))))
         elif hasattr(module, "to_qkv"):
             found.append(("attention", (x[1], pixels)))
-        found.append(("adds, casts", (_added(name, module, x.numel(), y.numel()),)))
+        reader = readers.get(module, module)
+        found.append(("adds, casts", (_added(name, module, x.numel(), y.numel(), reader),)))
 
     with torch.device("meta"), torch.no_grad():
         net = OriginalUNet(config).eval()
+        layers = [*net.downs, *net.mid, *net.ups, net.out_norm]
+        readers = dict(itertools.pairwise(layers))
+        before = dict(zip(layers[1:], layers, strict=False))
         for name, module in net.named_modules():
             module.register_forward_hook(
                 lambda module, inputs, y, name=name: note(name, module, inputs[0].shape, y.shape)
@@ -223,21 +243,42 @@ def _shapes(config: UNetConfig, side: int) -> list[tuple[str, tuple]]:
     return found
 
 
-def _added(name: str, module: nn.Module, x: int, y: int) -> int:
-    """Elements that passes between the kernels read and write, forward and backward."""
-    if hasattr(module, "norm_1"):  # + shortcut, of two convolutions on the way up; its gradient's
-        return (4 if name.startswith("ups.") else 3) * y + 3 * x
-    if hasattr(module, "to_qkv"):
-        return 6 * x
+def _sums(layer: nn.Module) -> bool:
+    """Whether a layer begins with a norm, which adds up the block's output before it."""
+    return hasattr(layer, "norm_1") or isinstance(layer, nn.GroupNorm)
+
+
+def _added(name: str, module: nn.Module, x: int, y: int, reader: nn.Module) -> int:
+    """Elements that passes between the kernels read and write, forward and backward, for a module
+    that takes x and makes y.
+
+    reader  the layer that takes a layer's output
+
+    h + residual before an up- or downsampling: 3, and to sum the moved bias's gradient. A
+    convolution's own bias: 2, and to sum its gradient; a shortcut's is the product's. Gradients,
+    added in one pass: a skip's three or, where no norm has stored it, four; an upsampled image's
+    two.
+    """
+    if isinstance(module, nn.Conv2d):
+        if name.endswith(("conv_1", "conv_2.1", "to_out")):  # the next norm adds the bias
+            return 0
+        if name.endswith("residual_connection"):
+            return y
+        return (3 + 5 * (name == "init_conv")) * y
+    if hasattr(module, "norm_1"):
+        parts = module.attention, module.residual_connection
+        biased = hasattr(parts[0], "to_out") or isinstance(parts[1], nn.Identity)
+        of_sum = 0 if _sums(reader) else 3 + biased
+        return (of_sum + 4 * name.startswith("downs.")) * y
     if hasattr(module, "downsample"):  # padded, and its gradient cut
-        return 4 * x
-    of_bias = isinstance(module, nn.Conv2d) and not name.endswith("conv_1")  # whose norm sums it
-    return y if of_bias else 0
+        return 5 * y + 4 * x * module.asymmetric
+    return 3 * y if hasattr(module, "upsample") else 0
 
 
 def convolution_ms(
-    device: Device, batch: int, c_in: int, c_out: int, size: int, hw_in: int, hw_out: int, first
-) -> float:
+    device: Device, batch: int, c_in: int, c_out: int, size: int, hw_in: int, hw_out: int,
+    first: bool, split: bool = False,
+) -> float:  # fmt: skip
     weights, up = c_in * c_out * size**2, hw_out > hw_in
     flops = 2 * batch * weights * hw_out * (4 / 9 if up else 1)
     moved = 2 * (batch * (c_in * hw_in + c_out * hw_out) + weights)
@@ -245,13 +286,15 @@ def convolution_ms(
     forward, dgrad = (PRODUCTS["strided"] if each else share for each in (up, hw_out < hw_in))
     waves = functools.partial(_whole_waves, device.sms)
     passes = [
-        (forward, waves(batch * hw_out, c_out)),
-        (share - WGRAD_LESS, waves(c_in * size**2, c_out, split=True)),
+        (forward, waves(batch * hw_out, c_out), 2),
+        (share - WGRAD_LESS, waves(c_in * size**2, c_out, split=True), 1),
     ]
     if not first:  # images need no gradient
-        passes.append((dgrad, waves(batch * hw_in, c_in)))
+        passes.append((dgrad, waves(batch * hw_in, c_in), 1))
+    again = split * 2 * batch * c_out * hw_out
     return sum(
-        kernel_ms(terms_ms(device, moved, flops * whole, reached)) for reached, whole in passes
+        kernel_ms(terms_ms(device, moved + more * again, flops * whole, reached))
+        for reached, whole, more in passes
     )
 
 
@@ -262,9 +305,17 @@ def _whole_waves(sms: int, m: int, n: int, *, split: bool = False) -> float:
     return math.ceil(tiles / sms) * sms / tiles if sms else 1.0
 
 
-def _norm_ms(device: Device, batch: int, channels: int, hw: int, dropout: float, act: str | None):
-    values = {"n": batch, "c1": channels, "hw": hw, "dropout": dropout, "activation": act}
-    return sum(kernel_ms(_of_pass(device, NORM, values, back)[1]) for back in (False, True))
+def _norm_ms(
+    device: Device, batch: int, channels: int, hw: int, dropout: float, act: str | None,
+    summed: int, kept: bool,
+) -> float:  # fmt: skip
+    c1 = summed or channels
+    values = {"n": batch, "c1": c1, "c2": channels - c1, "hw": hw, "dropout": dropout}
+    values |= {"activation": act}
+    return sum(
+        kernel_ms(_of_pass(device, NORM, {**values, "residual": adds}, back)[1])
+        for back, adds in ((False, bool(summed)), (True, bool(summed) and kept))
+    )
 
 
 def _attention_ms(device: Device, batch: int, channels: int, tokens: int) -> float:
@@ -284,13 +335,12 @@ _MODELS = {
 }  # fmt: skip
 
 # The first pattern that a kernel's name holds. A kernel by Inductor is called by all that it fuses,
-# as may be a product's way of adding up. Our norms and attentions share the Triton kernels' names,
-# of which a training step has one small attention's: all count as norms.
+# as may be a product's way of adding up.
 _KERNEL_NAMES = (
     ("adds, casts", r"^triton_(?!tem)"),
     ("optimizer", r"adam|lerp|multi_tensor|^(norm|outcome|update)_kernel"),
-    ("attention", r"sdpa|flash|fmha|attention|^backward_(q|kv)_kernel"),
-    ("norms", r"group_?norm|^(stats|forward|sums|backward)_kernel"),
+    ("attention", r"sdpa|flash|fmha|attention"),
+    ("norms", r"group_?norm"),
     ("adds, casts", r"at::native|elementwise|memcpy"),
     ("convolutions", r"conv|cudnn|cutlass|xmma|gemm|gemv|nvjet|cublas|[wd]grad|fprop|nhwc|splitk"),
 )

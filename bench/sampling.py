@@ -28,7 +28,8 @@ TOLERANCE = 1e-3
 def call_for(model: Model, steps: int) -> Callable[[], Tensor]:
     """Draw model.images images in as many network calls as `steps`."""
     if model.setup.net == "ours":
-        return OurLoop(model.eps_of, model.x, steps, model.dtype)
+        # The net itself, which holds what it makes of its weights; a function cannot
+        return OurLoop(model.called, model.x, steps, model.dtype)
     loop, x_T = LOOPS[model.setup.net], model.x
     return lambda: loop(model.eps_of, x_T, steps)
 

@@ -34,10 +34,12 @@ from typing import Any
 import torch
 
 from bench import processes
+from bench.arguments import ArgumentParser
 from bench.failures import failure
 from bench.results import Results, set_aside
 from bench.smoke_checks import CHECKS, EQUAL_LOSSES, FIRST
 from bench.step_profile import text_of
+from ddpm_fast.runtime.device import set_tf32
 
 JSONL = "smoke.jsonl"
 MARK = "FOUND "  # before a check's result in what its process prints
@@ -233,6 +235,8 @@ def run_check(name: str, dry_run: bool) -> int:
     """One check in this process, its result on a line of its own."""
     device = torch.device("cpu") if dry_run else torch.device("cuda", 0)
     torch.backends.cudnn.benchmark = CHECKS[name].alone
+    if device.type == "cuda":
+        set_tf32()
     if dry_run:
         torch.set_num_threads(1)
     try:
@@ -250,7 +254,7 @@ def run_check(name: str, dry_run: bool) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run all checks; 1 if something is red, or there is no GPU."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m bench.smoke", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip

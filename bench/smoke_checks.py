@@ -127,7 +127,7 @@ def sample(device: torch.device, tiny: bool) -> Found:
 
     model = Model(_setup("ours", tiny), device, 2 if tiny else IMAGES, sampling=True, tiny=tiny)
     parity = [check(model, "forward"), sampling.check_loop("ours", device)]
-    loop = sampling.OurLoop(model.eps_of, model.x, 2 if tiny else STEPS, model.dtype)
+    loop = sampling.call_for(model, 2 if tiny else STEPS)
     images = loop()
     red = [str(each) for each in parity if not each.green]
     if not images.isfinite().all():

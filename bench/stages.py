@@ -21,6 +21,7 @@ from bench.failures import DeviceLost, failure, is_lost
 from bench.gpu_tests import run_gpu_tests
 from bench.processes import end_with_parent, stop_on_sigterm
 from bench.results import DEVICE_LOST, STAGES, SUITE, Results, read_json
+from ddpm_fast.runtime.device import set_tf32
 
 if TYPE_CHECKING:  # importing a kernel here would look for the extension before it is built
     from ddpm_fast.kernels.spec import Case, KernelSpec
@@ -275,6 +276,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     device = torch.device("cpu" if args.dry_run else "cuda")
     torch.backends.cudnn.benchmark = True
+    if device.type == "cuda":
+        set_tf32()
     if args.dry_run:
         torch.set_num_threads(1)  # tiny sizes, and other processes may want the cores
     stop_on_sigterm()

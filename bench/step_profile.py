@@ -24,6 +24,8 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as profiler_of
 
+from ddpm_fast.runtime.graphs import keep_cupti
+
 STEPS = 20
 MOST_KERNELS = 40
 NAME_CHARACTERS = 110
@@ -42,6 +44,8 @@ class Span:
 def record(step: Callable[[], object], device: torch.device, steps: int = STEPS) -> list[Span]:
     """What so many calls run on the device; RuntimeError where the profiler cannot be used."""
     on_cuda = device.type == "cuda"
+    if on_cuda:
+        keep_cupti()
     activity = ProfilerActivity.CUDA if on_cuda else ProfilerActivity.CPU
     with profiler_of(activities=[activity]) as profiler:
         for _ in range(steps):

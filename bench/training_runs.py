@@ -76,7 +76,8 @@ def measure_graph_parity(results: Results, dry_run: bool) -> None:
             except RunFailed as error:
                 results.add(way, impl=way, why_not=str(error))
                 continue
-            far = max(abs(a - b) / abs(b) for a, b in zip(losses, eager, strict=True))
+            each = [abs(a - b) / abs(b) for a, b in zip(losses, eager, strict=True)]
+            far = math.nan if any(map(math.isnan, each)) else max(each)  # max() may hide a NaN
             color = "green" if far <= TOLERANCE else "red"
             parity = f"{color}: losses {far:.1e} of {TOLERANCE:.0e}"
             found = "bitwise the same" if losses == eager else f"largest difference {far:.1e}"

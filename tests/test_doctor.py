@@ -130,6 +130,12 @@ def test_a_bad_argument_is_one_line_and_exit_code_2(capsys, argument):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.parametrize("flags", [("--minutes", "2"), ("--kills", "3")])
+def test_a_flag_of_chaos_without_it_is_refused(capsys, flags):
+    assert main([*flags]) == 2
+    assert f"{flags[0]} " in (told := capsys.readouterr().err) and "--chaos" in told
+
+
 def test_wrong_random_words_fail_and_name_the_reinstallation(monkeypatch, capsys):
     only(monkeypatch, "Philox")
     words = ops.philox_words

@@ -105,6 +105,15 @@ def test_philox_normal_in_another_dtype_is_the_fp32_value_converted(dtype):
         torch.testing.assert_close(got, expected, rtol=2 * torch.finfo(dtype).eps, atol=2e-6)
 
 
+def test_counters_of_numpy_are_numbers():
+    counters = dict(seed=7, stream=3, step=5, first_index=2)
+    numpys = {name: np.int64(value) for name, value in counters.items()}
+    for impl in IMPLS:
+        assert torch.equal(ops.philox_normal((np.int64(3), 4), **numpys, impl=impl),
+                           ops.philox_normal((3, 4), **counters, impl=impl))  # fmt: skip
+    assert torch.equal(ops.philox_uniform((3, 4), **numpys), ops.philox_uniform((3, 4), **counters))
+
+
 FILL_ERRORS = [
     ({"seed": -1}, r"seed=-1 .*0 <= seed < 2\*\*63"),
     ({"seed": 2**63}, r"seed=9223372036854775808 .*2\*\*63"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from ddpm_fast.checkpoints import original
 from ddpm_fast.checkpoints import own as checkpoint
 from ddpm_fast.checkpoints.own import CheckpointError
+from ddpm_fast.diffusion.nets import attribute, unwrapped
 from ddpm_fast.diffusion.process import Diffusion
 from ddpm_fast.errors import UsageError
 from ddpm_fast.nn import config as nn_config
@@ -18,6 +20,7 @@ from ddpm_fast.nn.config import UNetConfig
 from ddpm_fast.nn.unet import UNet
 
 PICKLED = (".pth", ".pt", ".ckpt", ".bin")
+LOADABLE = "a run folder, a checkpoint folder or a file of weights (.pth, .pt, .safetensors)"
 
 
 class NoCheckpoint(CheckpointError, UsageError):
@@ -64,14 +67,16 @@ def load(
 def save(net: UNet, folder: str | Path, proc: Diffusion | None = None) -> Path:
     """Write a net's weights, its configuration and its process, for :func:`load` to read.
 
-    net      as it is: ema.net saves the averages
+    net      as it is: ema.net saves the averages; also inside DDP's or torch.compile's wrapper
     folder   must not hold checkpoints
     proc     None: net.process
     returns  the checkpoint's folder
-    raises   ValueError       no process, one made from betas, or a folder with checkpoints in it
+    raises   ValueError       no UNet, no process, one made from betas, or a folder with checkpoints
              CheckpointError  disk full or not writable
     """
-    folder, proc = Path(folder), proc or getattr(net, "process", None)
+    folder, proc, net = Path(folder), proc or attribute(net, "process"), unwrapped(net)
+    if not isinstance(net, UNet):
+        raise ValueError(f"net is a {type(net).__name__}, must be a UNet, or DDP's or compile's")
     if proc is None:
         raise ValueError("proc=None, but the net has no process of its own: give a Diffusion")
     if (folder / "checkpoints").exists() or (folder / checkpoint.MANIFEST).exists():
@@ -91,6 +96,8 @@ def load_trained(
     device: torch.device | str = "cpu",
 ) -> Trained:
     """As :func:`load`, with the diffusion process and the step."""
+    if not isinstance(path, str | os.PathLike):
+        raise NoCheckpoint(f"path={path!r} must be a path: {LOADABLE}")
     path = Path(path)
     manifest = path.parent / checkpoint.MANIFEST
     if path.suffix in PICKLED or (path.suffix == ".safetensors" and not manifest.is_file()):
@@ -175,16 +182,23 @@ def _read(path: Path) -> checkpoint.Checkpoint:
         return checkpoint.load(path)
     if (path / "checkpoints").is_dir():
         return checkpoint.load_newest(path / "checkpoints", _warn)
-    allowed = "a run folder, a checkpoint folder or a file of weights (.pth, .pt, .safetensors)"
     state = "is none of" if path.exists() else "does not exist; give"
-    raise NoCheckpoint(f"{path} {state} {allowed}")
+    raise NoCheckpoint(f"{path} {state} {LOADABLE}")
 
 
 def _net(
     config: UNetConfig, weights: checkpoint.Tensors, proc: Diffusion | None, source: Path,
     device: torch.device | str,
 ) -> UNet:  # fmt: skip
-    net = UNet.from_config(config)
+    # The same net whatever torch's defaults are: fp32, on the CPU, to train with.
+    with torch.inference_mode(False), torch.device("cpu"):
+        net = UNet.from_config(config).float()
+        _take_weights(net, weights, source)
+        net.process = proc  # a plain attribute: in no state dict, copied and pickled with the net
+        return net.eval().to(device, memory_format=torch.channels_last)
+
+
+def _take_weights(net: UNet, weights: checkpoint.Tensors, source: Path) -> None:
     expected = net.state_dict()
     if not expected.keys() & weights.keys():
         raise CheckpointError(
@@ -193,8 +207,6 @@ def _net(
         )
     checkpoint.check_state(expected, weights, source)
     net.load_state_dict(weights)
-    net.process = proc  # a plain attribute: in no state dict, copied and pickled with the net
-    return net.eval().to(device, memory_format=torch.channels_last)
 
 
 def _warn(message: str) -> None:

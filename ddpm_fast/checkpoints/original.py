@@ -19,13 +19,12 @@ from torch import Tensor
 
 from ddpm_fast.checkpoints.own import CheckpointError
 from ddpm_fast.diffusion.process import Diffusion
+from ddpm_fast.nn.state_dict import AVERAGED_PREFIXES, TRAINED_PREFIXES, under, without_wrappers
 
-WRAPPERS = ("module", "_orig_mod")  # of DDP and torch.compile; no part of our nets has these names
 # Where a checkpoint keeps its weights, in order of preference: averages, then trained ones.
 AVERAGES = ("ema", "ema_model", "ema_state_dict")
 TRAINED = ("state_dict", "model", "model_state_dict", "net")
 NESTED = 4  # most levels
-AVERAGED_PREFIXES, TRAINED_PREFIXES = ("ema_model.", "ema."), ("model.", "net.")
 
 
 def read_weights(path: Path, *, ema: bool = True) -> dict[str, Tensor]:
@@ -66,14 +65,6 @@ def _state_dict(content: Any, path: Path, ema: bool) -> Mapping[str, Tensor]:
     )
 
 
-def without_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The names without the parts that DDP and torch.compile add."""
-    return {
-        ".".join(part for part in name.split(".") if part not in WRAPPERS): value
-        for name, value in state.items()
-    }
-
-
 def net_weights(state: dict[str, Tensor], path: Path, *, ema: bool = True) -> dict[str, Tensor]:
     """The U-Net's weights, by the prefix of their names; all where no name has one.
 
@@ -84,13 +75,11 @@ def net_weights(state: dict[str, Tensor], path: Path, *, ema: bool = True) -> di
     prefixes = AVERAGED_PREFIXES if ema else TRAINED_PREFIXES
     if ema and "betas" not in state:
         prefixes += TRAINED_PREFIXES
-    for prefix in prefixes:
-        if found := {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}:
-            return found
-    known = AVERAGED_PREFIXES + TRAINED_PREFIXES
-    if not state or "betas" in state or any(name.startswith(known) for name in state):
+    weights, prefix = under(state, prefixes)
+    known = any(name.startswith(AVERAGED_PREFIXES + TRAINED_PREFIXES) for name in state)
+    if not prefix and (not state or "betas" in state or known):
         raise CheckpointError(f"{path} holds no {prefixes[0]}* weights; see ema={ema}")
-    return state
+    return weights
 
 
 def num_classes(state: dict[str, Tensor]) -> int | None:

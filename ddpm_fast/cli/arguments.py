@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import sys
 import time
@@ -56,7 +57,15 @@ def parse(
     try:
         return kind(**values)
     except (ValueError, TypeError) as error:
-        raise UsageError(str(error)) from None
+        raise UsageError(_with_flags(str(error), kind)) from None
+
+
+def _with_flags(message: str, kind: type) -> str:
+    """The message with fields as they are typed: name=value becomes --name value."""
+    names = "|".join(field.name for field in fields(kind))
+    return re.sub(
+        rf"(?<![\w-])({names})=", lambda found: f"--{found[1].replace('_', '-')} ", message
+    )
 
 
 def given_values(kind: type, argv: Sequence[str], renamed: Mapping[str, str]) -> dict[str, Any]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ddpm_fast.diffusion.arguments import as_classes, positive
+from ddpm_fast.kernels.calling.autocast import autocast_dtype
 
 _MISSING = object()
 
@@ -22,9 +24,20 @@ def attribute(net: Any, name: str, default: Any = None) -> Any:
         value = getattr(net, name, _MISSING)
         if value is not _MISSING:
             return value
-        inside = getattr(net, "_orig_mod", None)
-        net = getattr(net, "module", None) if inside is None else inside
+        net = _inside(net)
     return default
+
+
+def unwrapped(net: Any) -> Any:
+    """The net inside DDP's and torch.compile's wrappers; another one as it is."""
+    while (inside := _inside(net)) is not None:
+        net = inside
+    return net
+
+
+def _inside(net: Any) -> Any:
+    inside = getattr(net, "_orig_mod", None)
+    return getattr(net, "module", None) if inside is None else inside
 
 
 def own_device(net: Any) -> torch.device | None:
@@ -138,11 +151,24 @@ def copy_weights(source: nn.Module, into: nn.Module) -> None:
         own.copy_(theirs)
 
 
-def addresses(net: Any, device: torch.device) -> list[int]:
-    """Of a module's weights on CUDA, where a graph holds them: another list is another graph."""
+def addresses(net: Any, held: Iterable[Tensor], device: torch.device) -> list[int]:
+    """Of a module's weights, and of what it holds made of them, on CUDA, where a graph reads them:
+    another list is another graph."""
     if device.type != "cuda" or not isinstance(net, nn.Module):
         return []
-    return [tensor.data_ptr() for tensor in _tensors(net)]
+    return [
+        id(tensor) if is_traceable_wrapper_subclass(tensor) else tensor.data_ptr()  # quantised
+        for tensor in chain(_tensors(net), held)
+    ]
+
+
+def without_autocast_cache(device: torch.device) -> AbstractContextManager:
+    """Autocast as it is, but for its cache of cast weights, which ends with the caller's context
+    while a graph would go on reading it."""
+    dtype = autocast_dtype(device.type)
+    if dtype is None:
+        return nullcontext()
+    return torch.autocast(device.type, dtype, cache_enabled=False)
 
 
 @contextmanager
@@ -160,14 +186,15 @@ def eval_mode(net: Any) -> Iterator[None]:
 
 
 @contextmanager
-def held_weights(net: Any) -> Iterator[None]:
+def held_weights(net: Any) -> Iterator[list[Tensor]]:
     """What modules make of their weights is made once for all steps: those that offer it by a
-    context `held_weights()`."""
+    context `held_weights()`, which may give the tensor."""
+    held = []
     with ExitStack() as stack:
         for module in net.modules() if isinstance(net, nn.Module) else ():
             if hasattr(module, "held_weights"):
-                stack.enter_context(module.held_weights())
-        yield
+                held.append(stack.enter_context(module.held_weights()))
+        yield [each for each in held if each is not None]
 
 
 def _tensors(net: nn.Module) -> Iterator[Tensor]:

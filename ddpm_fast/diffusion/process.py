@@ -13,6 +13,7 @@ from ddpm_fast.diffusion.arguments import LeftOut, as_counter, as_float
 from ddpm_fast.diffusion.loss import check_loss, distance
 from ddpm_fast.diffusion.nets import checked_classes, own_dtype, prediction_of
 from ddpm_fast.diffusion.schedule import make_betas
+from ddpm_fast.kernels.calling.arguments import check_tensor
 from ddpm_fast.kernels.philox.op import Stream
 
 COUNTED = LeftOut(0)  # a step that was left out: the process counts its own calls
@@ -154,6 +155,7 @@ class Diffusion:
         raises   ValueError  y for a net without classes or of no integer dtype; see q_sample
         source   Ho et al. 2020, eq. 14
         """
+        check_tensor("x_0", x_0, "uint8 or floating (N, C, H, W)")
         y = checked_classes(net, y, x_0.device)
         samples = len(x_0 if rows is None else rows)
         step, first_index = self._counters(step, first_index, samples)

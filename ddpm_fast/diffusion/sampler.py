@@ -29,6 +29,7 @@ from ddpm_fast.diffusion.nets import (
     own_dtype,
     prediction_of,
     running_device,
+    without_autocast_cache,
 )
 from ddpm_fast.diffusion.process import Diffusion
 from ddpm_fast.diffusion.sampler_checks import (
@@ -40,6 +41,7 @@ from ddpm_fast.diffusion.sampler_checks import (
 )
 from ddpm_fast.diffusion.schedule import low_start
 from ddpm_fast.errors import NotFinite
+from ddpm_fast.kernels.calling.autocast import autocast_dtype
 from ddpm_fast.kernels.philox.counters import check_counters
 from ddpm_fast.kernels.philox.op import Stream
 from ddpm_fast.runtime.graphs import CapturedCall
@@ -227,9 +229,13 @@ class Sampler:
         if x_T is None and self._low_start is not None:
             warnings.warn(self._low_start, stacklevel=2)
         # No inference tensors: a net that guides itself differentiates its input.
-        with torch.inference_mode(False), torch.no_grad(), eval_mode(self.net):
+        with (
+            torch.inference_mode(False), torch.no_grad(), eval_mode(self.net),
+            without_autocast_cache(self.device),
+        ):  # fmt: skip
             self._follow_net(num_images)
-            with held_weights(self.net):
+            with held_weights(self.net) as held:
+                self._follow_addresses(held)
                 images = self._draw(num_images, y, seed, first_index, x_T, on_step)
             return images.clamp(-1, 1) if self.clip else images
 
@@ -288,19 +294,24 @@ class Sampler:
             has_classes: CapturedCall(step, self.device)
             for has_classes, step in ((False, self._step), (True, self._step_of_classes))
         }
-        self._captured_from = addresses(self.net, self.device)
+        self._captured_from: tuple | None = None
 
     def _follow_net(self, num_images: int) -> None:
         """Compile where `num_images` repay it; take over weights that changed since the last
-        call, also those that lie elsewhere now."""
+        call."""
         pixels = num_images * len(self.times) * math.prod(self.shape[1:])
         if self._forward is self.net and pays(self._compile, self.device, pixels):
             self._forward = CompiledNet(self.net)
             self._capture_anew()
         if self.net is not self._source:
             copy_weights(self._source, self.net)
-        elif addresses(self.net, self.device) != self._captured_from:
+
+    def _follow_addresses(self, held: list[Tensor]) -> None:
+        """Other graphs where what they read lies elsewhere now, or autocast is another."""
+        reads = (addresses(self.net, held, self.device), autocast_dtype(self.device.type))
+        if self._captured_from not in (None, reads):  # None: nothing is captured yet
             self._capture_anew()
+        self._captured_from = reads
 
     def _classes(self, y: Tensor | None, num_images: int) -> Tensor | None:
         """(N,) int64, or None; ValueError for what the net cannot take."""
@@ -376,7 +387,8 @@ class Sampler:
         self._at += 1
 
     def _predicted(self, times: Tensor, *y: Tensor) -> Tensor:
-        eps = prediction_of(self._forward(self._input, times, *y))
+        # Detached: a net may ask its own input for a gradient, in place.
+        eps = prediction_of(self._forward(self._input.detach(), times, *y)).detach()
         buffers = {b.untyped_storage().data_ptr() for b in (self._x, self._input)}
         given = eps.untyped_storage().data_ptr() in buffers
         return eps.clone() if given else eps  # a net that returns what it was given

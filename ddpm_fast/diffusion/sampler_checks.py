@@ -14,6 +14,7 @@ from ddpm_fast.diffusion.nets import attribute
 from ddpm_fast.diffusion.process import Diffusion
 from ddpm_fast.diffusion.schedule import sampling_timesteps
 from ddpm_fast.errors import nearest
+from ddpm_fast.kernels.calling.arguments import given
 
 SAMPLERS = ("ddim", "ddpm")
 FIXED_VARIANCES = ("fixed_large", "fixed_small")  # the net predicts eps alone
@@ -27,6 +28,8 @@ def process_of(net: Callable[..., Tensor], proc: Diffusion | None) -> Diffusion:
         if own is None:
             raise ValueError("proc=None, but the net has no process of its own: give a Diffusion")
         return own
+    if not isinstance(proc, Diffusion):
+        raise ValueError(f"{given('proc', proc)} must be a Diffusion, or None for the net's own")
     if isinstance(own, Diffusion) and not proc.matches(own):
         warnings.warn(
             f"sampling with {proc}, but the net was trained with {own}: proc=None takes that",

@@ -25,14 +25,17 @@ class DoctorOptions:
     """compile every Triton kernel anew and print what each uses; takes minutes"""
     chaos: bool = False
     """instead: a small training under random kills must end as an undisturbed one"""
-    minutes: float = 2.0
-    """of --chaos: how long there are kills at most"""
+    minutes: float | None = None
+    """of --chaos: how long there are kills at most; None: 2"""
     kills: int | None = None
     """of --chaos: how many; exit code 1 if the minutes did not suffice"""
     seed: int = 0
     """of --chaos: which kills, and when"""
 
     def __post_init__(self) -> None:
+        for name in ("minutes", "kills"):
+            if (value := getattr(self, name)) is not None and not self.chaos:
+                raise ValueError(f"{name}={value} is for --chaos")
         check_ranges(self, {"minutes": (0.01, 1e5), "kills": (1, 10**6), "seed": (0, 2**63 - 1)})
 
 
@@ -46,7 +49,7 @@ def _run(argv: Sequence[str]) -> int:
     if options.chaos:
         from ddpm_fast.doctor.chaos import chaos
 
-        return chaos(options.minutes, options.seed, options.kills)
+        return chaos(options.minutes or 2.0, options.seed, options.kills)
     from ddpm_fast.doctor import checks, kernels, table
     from ddpm_fast.doctor.rows import run_check
 

@@ -62,6 +62,9 @@ class UNetConfig:
         for name in ("time_emb_dim", "num_classes", "head_dim", "image_size"):
             if getattr(self, name) is not None:
                 _positive_int(name, getattr(self, name))
+        for name in ("channel_mults", "attention_resolutions"):
+            if not isinstance(getattr(self, name), tuple):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be several, as (1, 2)")
         if not self.channel_mults:
             raise ValueError("channel_mults=() must hold at least one level")
         for mult in self.channel_mults:

@@ -66,4 +66,4 @@ def conv_1x1(conv: nn.Conv2d, parts: Sequence[Unsummed], bias: Tensor | None) ->
     out = torch.addmm(bias.to(dtype), rows[0], weights[0].t())
     for more, of_more in zip(rows[1:], weights[1:], strict=True):
         out = out.addmm_(more, of_more.t())
-    return out.view(n, h, w, -1).permute(0, 3, 1, 2)
+    return out.view(n, h, w, out.shape[1]).permute(0, 3, 1, 2)

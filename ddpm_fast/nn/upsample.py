@@ -58,17 +58,19 @@ class Upsample(nn.Module):
         return F.conv_transpose2d(x, self._phases(conv.weight), conv.bias, stride=2, padding=1)
 
     @contextmanager
-    def held_weights(self) -> Iterator[None]:
+    def held_weights(self) -> Iterator[Tensor | None]:
         """Forward passes without gradients take the phase weight of the weight as it is on entry.
 
-        The tensor is the same at every entry, so that a captured CUDA graph may read it. Contexts
-        may be nested; the weight must not change within one.
+        It is given, and the same tensor at every entry with the same layout and autocast, so that
+        a captured CUDA graph may read it. Contexts may be nested; the weight must not change
+        within one.
         """
-        if self.mode != "plain" and self._readable():
+        held = self.mode != "plain" and self._readable()
+        if held:
             self._hold(self.upsample[1].weight)
         self._holders += 1
         try:
-            yield
+            yield self._held.phases if held else None
         finally:
             self._holders -= 1
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
+from ddpm_fast.kernels.calling.arguments import given
+
 
 @torch.no_grad()
 def move_averages(averages: list[Tensor], weights: list[Tensor], share: Tensor) -> None:
@@ -45,12 +47,14 @@ class EMA:
     decay    in [0, 1): share kept at each update
     warmup   decay for update k (from 1) is min(decay, (1 + k) / (10 + k)), so that the first
              averages are not mostly the initial weights
-    raises   ValueError for a decay outside [0, 1)
+    raises   ValueError  no module, or a decay outside [0, 1)
 
     `ema.net` is the averaged net: fp32, eval mode, no gradients. Sample from it as it is.
     """
 
     def __init__(self, net: nn.Module, decay: float = 0.9999, *, warmup: bool = False) -> None:
+        if not isinstance(net, nn.Module):
+            raise ValueError(f"{given('net', net)} must be a module")
         decay = float(decay)  # also one of NumPy's or torch's
         if not 0 <= decay < 1:
             raise ValueError(f"decay={decay} must be in [0, 1)")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 
 from ddpm_fast.errors import UsageError
@@ -25,6 +27,17 @@ def pick_device(name: str) -> torch.device:
             "allowed here: " + ", ".join(["cpu", *(f"cuda:{i}" for i in range(count))])
         )
     return device
+
+
+def set_tf32(on: bool = False) -> None:
+    """fp32 convolutions and matrix products on CUDA alike multiply in TF32; else neither does.
+
+    torch's own default is one of each, and so is no precision: every command calls this first.
+    """
+    with warnings.catch_warnings():  # some versions recommend the newer switch
+        warnings.simplefilter("ignore", UserWarning)
+        # These set the newer fp32_precision too; set the other way round, reading these raises.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = on
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

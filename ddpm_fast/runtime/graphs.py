@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import os
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -11,6 +12,13 @@ from contextlib import contextmanager, suppress
 import torch
 
 WARM_UP_CALLS = 3  # lazy initialisation, autotuning, compilation: none of it may be captured
+
+
+def keep_cupti() -> None:
+    """Before a profiler on CUDA: leave CUPTI up behind it. Taken down and started again, it breaks
+    CUDA graphs (torch's note). What is set already stays."""
+    os.environ.setdefault("TEARDOWN_CUPTI", "0")
+    os.environ.setdefault("DISABLE_CUPTI_LAZY_REINIT", "1")
 
 
 class CapturedCall:

@@ -26,7 +26,7 @@ from ddpm_fast.diffusion.sampler import OnStep, Sampler
 from ddpm_fast.diffusion.sampler_checks import default_steps
 from ddpm_fast.errors import Failure, UsageError, nearest
 from ddpm_fast.files.images import grid, grid_scale, save_gif, save_png, to_uint8
-from ddpm_fast.runtime.device import is_out_of_memory
+from ddpm_fast.runtime.device import is_out_of_memory, set_tf32
 from ddpm_fast.runtime.ranks import (
     World,
     join,
@@ -78,6 +78,8 @@ def _warnings_as_lines() -> Iterator[None]:
 
 
 def _draw(options: SampleOptions, device: torch.device, world: World) -> None:
+    if device.type == "cuda":
+        set_tf32()
     trained = _load(options, device, world)
     world.together(lambda: _check(options, trained))
     dtype = _dtype(options, device)

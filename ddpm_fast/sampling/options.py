@@ -29,7 +29,7 @@ class SampleOptions:
     checkpoint: str
     """a run folder, a checkpoint folder, or a file of weights, such as the original's .pth"""
     preset: str | None = None
-    """the net of a file of weights, which does not say: seed-cifar10, cifar10, digits"""
+    """the net of a file of weights, which does not say: seed-cifar10, cifar10, digits, small"""
     num_images: int = 64
     """how many images"""
     batch_size: int | None = None

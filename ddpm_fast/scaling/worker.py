@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from ddpm_fast.runtime import host
+from ddpm_fast.runtime.device import set_tf32
 from ddpm_fast.runtime.gpus import nvml_uuid
 from ddpm_fast.runtime.monitor import EnergyMeter
 from ddpm_fast.scaling.alpha_beta import bucket_sizes
@@ -47,6 +48,7 @@ class Worker:
         self.device = torch.device("cuda", local) if self.on_gpu else torch.device("cpu")
         if self.on_gpu:
             torch.cuda.set_device(self.device)
+            set_tf32()
         dist.init_process_group(
             spec["backend"], timeout=TIMEOUT, device_id=self.device if self.on_gpu else None
         )

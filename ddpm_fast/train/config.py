@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -45,7 +46,7 @@ RANGES = {
     "learning_rate": (1e-12, 1e3),
     "warmup_steps": (0, MOST_STEPS),
     "weight_decay": (0.0, 1e3),
-    "grad_clip": (0.0, 1e12),
+    "grad_clip": (0.0, math.inf),
     "ema_update_rate": (1, MOST_STEPS),
     "seed": (0, 2**63 - 1),
     "timeout": (0.1, 1e7),
@@ -72,9 +73,9 @@ class TrainConfig:
     data_root: str = "data"
     """folder for downloads and decoded images"""
     image_size: int | None = None
-    """pixels a side to resize to; None: as stored, or the preset's for photographs"""
+    """pixels a side to resize to; None: as stored, or for photographs what fits them or --preset"""
     img_channels: Literal[1, 3] | None = None
-    """1 (grey) or 3 (RGB), which the images become; None: the preset's"""
+    """1 (grey) or 3 (RGB), which the images become; None: the images' own, or --preset's"""
     array_key: str | None = None
     """name of the images in an .npz; None: by name, shape and dtype"""
     float_images: Literal["refuse", "minmax"] = "refuse"
@@ -135,7 +136,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     """AdamW's decoupled decay"""
     grad_clip: float = 1.0
-    """largest global gradient norm; 0: no clipping"""
+    """largest global gradient norm; 0 or inf: no clipping"""
     ema_decay: float = 0.995
     """share of the averaged weights kept at each update"""
     extra_ema_decays: tuple[float, ...] = ()

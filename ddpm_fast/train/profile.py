@@ -9,7 +9,6 @@ it; those of an op with several kernels are shared among them by time, so their 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,7 +20,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from ddpm_fast.runtime.graphs import WARM_UP_CALLS
+from ddpm_fast.runtime.graphs import WARM_UP_CALLS, keep_cupti
 from ddpm_fast.train.mfu import peak_tflop_s
 from ddpm_fast.train.step import TrainStep
 from ddpm_fast.train.work import Work, work_of
@@ -145,9 +144,8 @@ class StepProfile:
         return self._calls >= WARM_UP_CALLS and bool(train_step.captured or train_step.why_no_graph)
 
     def _start(self, step: int, *, with_shapes: bool) -> None:
-        if self._on_cuda:  # CUPTI that is taken down and started again breaks graphs (torch's note)
-            os.environ.setdefault("TEARDOWN_CUPTI", "0")
-            os.environ.setdefault("DISABLE_CUPTI_LAZY_REINIT", "1")
+        if self._on_cuda:
+            keep_cupti()
         activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * self._on_cuda]
         try:
             profiler = profile(activities=activities, record_shapes=with_shapes)

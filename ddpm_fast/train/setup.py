@@ -25,6 +25,7 @@ from ddpm_fast.nn.config import UNetConfig
 from ddpm_fast.nn.unet import UNet
 from ddpm_fast.optim.ema import EMA
 from ddpm_fast.optim.optimizer import make_optimizer
+from ddpm_fast.runtime.device import set_tf32
 from ddpm_fast.runtime.ranks import ALONE, World
 from ddpm_fast.train.classes import numbered_as_in_run
 from ddpm_fast.train.config import TrainConfig
@@ -151,7 +152,7 @@ def choose_algorithms(
     same bits each time, which is also what somebody who has asked torch for such gets.
 
     algorithms  how many are tried for a convolution: "10", torch's default, or "all"
-    tf32        fp32 convolutions and matrix products alike multiply in TF32; else neither does
+    tf32        set_tf32's
 
     Of torch's attentions the plain one alone has a backward pass of the same bits here: torch holds
     cuDNN's not to be deterministic (sdp_utils.cpp), and asks for flash's deterministic one only
@@ -161,10 +162,7 @@ def choose_algorithms(
         return
     cudnn = torch.backends.cudnn
     cudnn.benchmark_limit = 0 if algorithms == "all" else 10
-    with warnings.catch_warnings():  # some versions recommend the newer switch
-        warnings.simplefilter("ignore", UserWarning)
-        # These set the newer fp32_precision too; set the other way round, reading these raises.
-        torch.backends.cuda.matmul.allow_tf32 = cudnn.allow_tf32 = tf32
+    set_tf32(tf32)
     cudnn.deterministic = cudnn.deterministic or deterministic
     same_bits = cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
     cudnn.benchmark = not same_bits

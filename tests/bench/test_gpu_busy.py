@@ -1,11 +1,14 @@
 """The GPU's busy share and the profile of a step: overlapping kernels count once as time covered,
 names that span several kernels not at all."""
 
+import os
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity
 
 from bench import step_profile
 from bench.gpu_busy import columns, covered
@@ -36,6 +39,27 @@ def test_the_share_says_how_it_was_found_or_that_it_was_not():
     assert found["gpu_busy_percent"] == 97.0 and "torch.profiler" in found["gpu_busy_by"]
     assert found["profile"]["kernels"][0]["name"] == "k"
     assert columns([], 100.0) == {"gpu_busy_by": "not found: torch.profiler saw no kernels"}
+
+
+@pytest.mark.parametrize(("before", "then"), [(None, "0"), ("1", "1")])
+def test_a_profiler_on_cuda_leaves_cupti_up_for_the_next_unless_told_otherwise(
+    monkeypatch, before, then
+):
+    monkeypatch.setenv("TEARDOWN_CUPTI", "1")  # to be taken back at the end
+    monkeypatch.setenv("DISABLE_CUPTI_LAZY_REINIT", "1")
+    if before is None:
+        monkeypatch.delenv("TEARDOWN_CUPTI")
+    found = []
+
+    @contextmanager
+    def profiler(activities):
+        found.append((activities, os.environ.get("TEARDOWN_CUPTI")))
+        yield SimpleNamespace(events=list)
+
+    monkeypatch.setattr(step_profile, "profiler_of", profiler)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert record(lambda: None, torch.device("cuda"), steps=1) == []
+    assert found == [([ProfilerActivity.CUDA], then)]
 
 
 def test_a_profile_is_of_one_step_and_sums_a_kernels_calls():

@@ -25,6 +25,7 @@ from bench.environment import ROOT
 from bench.results import DEVICE_LOST, STAGES, SUITE, Results, read_json, write_json
 from bench.smoke_checks import CHECKS, FIRST
 from ddpm_fast.kernels import SPECS
+from ddpm_fast.train.config import TrainConfig
 
 WITHOUT_SMOKE = [stage for stage in STAGES if stage != "smoke"]
 
@@ -104,7 +105,8 @@ def test_a_bad_argument_is_code_2_with_what_is_allowed(flags, message, capsys):
     with pytest.raises(SystemExit) as stop:
         gpu_suite.main(flags)
     assert stop.value.code == 2
-    assert message in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert message in told and told.count("\n") == 1
 
 
 def test_results_are_on_disk_after_each_row(tmp_path):
@@ -343,6 +345,28 @@ def test_the_help_says_each_call_and_what_to_bring(capsys):
                  "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):  # fmt: skip
         assert word in text
     assert "://" not in text
+
+
+@pytest.mark.parametrize("stage", ["ceilings", "parts"])
+def test_fp32_of_a_stage_on_a_gpu_is_the_trainers_default_and_told(monkeypatch, tmp_path, stage):
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    found = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cudnn, "benchmark", cudnn.benchmark)
+    monkeypatch.setattr(environment, "describe", lambda: {"tf32": environment.tf32()})
+    monkeypatch.setattr(stages, "stop_on_sigterm", lambda: None)
+    monkeypatch.setattr(stages, f"run_{stage}", lambda *_: found.append(environment.tf32()))
+    try:
+        cudnn.allow_tf32, matmul.allow_tf32 = True, False  # torch's own
+        assert environment.tf32() == "mixed"
+        stages.main([stage, "--out", str(tmp_path), "--seconds", "100"])
+        assert (cudnn.allow_tf32, matmul.allow_tf32) == (False, False)
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32 = before
+    assert found == [False] and TrainConfig().tf32 == "off"
+    kept = json.loads((tmp_path / f"{stage}.json").read_text())
+    assert kept["environment"]["tf32"] is False
 
 
 def test_the_attention_that_trains_is_in_every_stages_environment(monkeypatch):

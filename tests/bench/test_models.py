@@ -30,6 +30,7 @@ from bench.ratios import Ratio, ratio_table
 from bench.results import Results
 from ddpm_fast.nn.config import preset
 from ddpm_fast.nn.unet import UNet
+from ddpm_fast.nn.upsample import Upsample
 from tests import original
 
 CPU, CEILINGS = torch.device("cpu"), Ceilings(copy_gb_s=10.0, matmul_tflop_s=0.1)
@@ -185,7 +186,7 @@ def test_distance_is_over_all_tensors_together():
     assert distance([torch.tensor([3.0]), torch.tensor([4.5])], truth) == pytest.approx(0.1)
 
 
-def test_bf16_and_tf32_have_their_own_tolerances():
+def test_bf16_and_fp32_on_cuda_have_their_own_tolerances():
     assert tolerance_of(Setup(net="ours"), CPU) == BF16
     assert tolerance_of(EAGER[0], CPU) == FP32 < tolerance_of(EAGER[0], torch.device("cuda")) < BF16
 
@@ -281,6 +282,8 @@ def test_our_sampler_is_made_once_a_row_and_outside_autocast(monkeypatch):
     first, second = call(), call()
     assert torch.equal(first, second) and first.dtype == torch.float32
     assert made == [torch.bfloat16] and autocast == [False, False]
+    ups = [module for module in model.net.modules() if isinstance(module, Upsample)]
+    assert ups and all(up._held is not None for up in ups)  # as when a user samples
 
 
 def test_no_graph_of_torch_compiles_is_inside_one_of_ours():

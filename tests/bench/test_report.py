@@ -98,16 +98,35 @@ def test_ours_at_its_fastest_stands_beside_the_fastest_of_each_kind(write):
     found = {(each.what, each.baseline): each for each in comparisons(load(write(invented())))}
     step = "training step, cifar10, batch 512"
     assert {base for what, base in found if what == step} == {
-        "diffusers max-autotune bf16", "diffusers eager bf16", "original eager fp32 NCHW"
+        "diffusers max-autotune bf16", "diffusers eager bf16"
     }  # fmt: skip
     tuned = found[step, "diffusers max-autotune bf16"]
     assert tuned.ours == "ours compiled bf16" and tuned.ours_figure == "10,240 img/s"
     assert tuned.shown_ratio == "1.20x (1.16 to 1.24)"
-    # Another batch: images a second count.
-    assert found[step, "original eager fp32 NCHW"].ratio == pytest.approx(60 / 128 * 512 / 50)
     assert found["DDIM-50, cifar10, 1 image", "diffusers eager bf16"].ratio == pytest.approx(6.0)
     memory = found["peak memory of a training step, cifar10, batch 512", "diffusers eager bf16"]
     assert memory.shown_ratio == "3.00x" and memory.ours_figure == "15.00 GiB"
+
+
+def test_rows_are_compared_with_those_of_the_same_batch_which_is_shown(write, capsys):
+    data = invented()
+    rows = data["stages"]["models"]["rows"]
+    alone = [each for each in comparisons(load(write(data))) if "batch 128" in each.what]
+    rows += [
+        model_row("ours compiled bf16", 20.0, batch=128),
+        model_row("diffusers max-autotune bf16", 22.0, batch=128),
+    ]
+    path = write(data)
+    found = {(each.what, each.baseline): each for each in comparisons(load(path))}
+    of_128, of_512 = (f"training step, cifar10, batch {batch}" for batch in (128, 512))
+    assert alone == []  # the original's row, of 128 images, has none of ours beside it
+    assert found[of_512, "diffusers max-autotune bf16"].ratio == pytest.approx(60 / 50)
+    assert found[of_128, "diffusers max-autotune bf16"].ratio == pytest.approx(22 / 20)
+    assert found[of_128, "original eager fp32 NCHW"].ratio == pytest.approx(60 / 20)
+    assert (of_512, "original eager fp32 NCHW") not in found
+    assert report.main([str(path)]) == 0
+    text = capsys.readouterr().out
+    assert f"| {of_128} | " in text and f"| {of_512} | " in text
 
 
 def test_markdown_has_every_part_in_its_order(write, capsys):

@@ -9,22 +9,33 @@ import pytest
 
 from bench import report
 from bench.ceilings import Ceilings
+from bench.environment import ROOT
 from bench.model_work import work_of
 from bench.report_data import load
 from bench.report_roofline import IMPL, device_of, roofline
 from bench.roofline import (
+    CASTS,
     GIVEN,
     LAUNCH_MS,
     PARTS,
     Device,
+    _norm_ms,
+    _shapes,
     convolution_ms,
     kernels,
     parts_of_profile,
     step,
 )
+from ddpm_fast.kernels.attention import forward_triton as attention_triton
+from ddpm_fast.kernels.group_norm_silu import forward_triton as group_norm_silu_triton
 from ddpm_fast.nn.config import preset
 from tests.bench.test_report import invented, kernel_row, model_row
 
+# As a profile has them
+KERNEL_NAMES = {
+    "group_norm_silu": [kernel.__name__ for kernel in group_norm_silu_triton._KERNELS.values()],
+    "attention": [kernel.__name__ for kernel in attention_triton.KERNELS.values()],
+}
 H100 = GIVEN["H100"]
 NORM = "group_norm_silu 256x128x32x32 bfloat16 forward"
 DROPOUT = "group_norm_silu 256x128x32x32 add dropout bfloat16 backward"
@@ -86,6 +97,45 @@ def test_an_upsampling_is_four_ninths_of_its_convolution_and_reads_the_small_ima
     ms = convolution_ms(Device("", Ceilings(1e9, 1.0), ""), 1, 256, 256, 3, 64, 256, False)
     flops = 2 * 256 * 256 * 9 * 256 * 4 / 9
     assert ms == pytest.approx(flops / 1e9 * (1 / 0.45 + 1 / 0.80 + 1 / 0.68) + 3 * LAUNCH_MS)
+
+
+def of_part(part, config="cifar10"):
+    return [shape for name, shape in _shapes(preset(config), 32) if name == part]
+
+
+def test_what_passes_between_the_kernels_is_the_sum_by_hand():
+    of_32, of_16, of_8, of_4 = (channels * side**2 for channels, side in
+                                ((128, 32), (256, 16), (256, 8), (256, 4)))  # fmt: skip
+    elements = 3 * 3 * 32**2  # the last convolution's bias and its gradient
+    # first conv; two blocks; padded and cut; downsampled, a quarter's 8; upsampled; shortcuts
+    elements += of_32 * (8 + 4 + 8 + 4 + 2 + 2 * 6 + 3)
+    # a shortcut and a qkv; a qkv; padded and cut; upsampled; shortcuts and qkv, the last sum
+    elements += of_16 * (1 + 9 + 4 + 9 + 4 + 4 + 4 + 6 + 3 * (1 + 9) + 4)
+    elements += of_8 * (8 + 4 + 8 + 4 + 6 + 3 + 3)
+    elements += of_4 * (8 + 4 + 4 + 9 + 3 + 3)
+    assert sum(count for (count,) in of_part("adds, casts")) == elements
+
+
+def test_a_blocks_sum_is_the_next_norms_and_a_shortcut_over_two_tensors_two_products():
+    norms = of_part("norms")
+    assert sum(bool(summed) for *_, summed, _ in norms) == 22  # 16 blocks', 6 attentions'
+    assert norms[-1][-2:] == (128, False)  # whose sum nobody else reads
+    assert sum(split for *_, split in of_part("convolutions")) == 12  # on the way up
+    device, bf16 = Device("", Ceilings(1e-3, 1e12), ""), 2
+    ms = lambda *shape: _norm_ms(device, 4, 64, 256, 0.0, "silu", *shape)  # noqa: E731
+    tensor_ms = bf16 * 4 * 64 * 256 / 1e3 / 0.87  # 1,000 bytes a ms
+    assert ms(64, True) - ms(0, False) == pytest.approx(3 * tensor_ms)
+    assert ms(64, False) - ms(0, False) == pytest.approx(2 * tensor_ms)
+    assert ms(16, True) - ms(0, False) == pytest.approx(3 * tensor_ms / 4)  # of cat([x, skip])
+    shape = (512, 64, 1, 256, 256, False)
+    of_two = convolution_ms(device, 4, *shape, True) - convolution_ms(device, 4, *shape)
+    assert of_two == pytest.approx(4 * tensor_ms)
+
+
+def test_the_casts_are_those_of_the_counted_step():
+    page = (ROOT / "docs" / "kernels_per_step.md").read_text()
+    cells = next(line for line in page.splitlines() if line.startswith("| casts |")).split("|")
+    assert sum(map(int, cells[4:6])) == CASTS  # of weights and vectors
 
 
 @pytest.mark.parametrize("batch", [128, 512])
@@ -185,7 +235,11 @@ def test_a_batch_that_was_measured_is_predicted_too(write):
 
 def test_a_profiles_kernels_are_drawn_by_part_and_the_rest_of_the_step_is_other(write, tmp_path):
     pytest.importorskip("matplotlib")
-    named = [("nvjet_hsh_128x256", 40e3), ("forward_kernel", 9e3), ("Memset (Device)", 500.0)]
+    named = [
+        ("nvjet_hsh_128x256", 40e3),
+        ("group_norm_silu_forward_kernel", 9e3),
+        ("Memset (Device)", 500.0),
+    ]
     profile = {"steps": 20, "kernels": [dict(name=n, us=us, calls=1.0) for n, us in named]}
     data, page, rows = measured(profile=profile), tmp_path / "page.html", tmp_path / "rows.json"
     assert report.main([str(write(data)), "--html", str(page), "--json", str(rows)]) == 0
@@ -205,8 +259,8 @@ def test_a_profiles_kernels_are_drawn_by_part_and_the_rest_of_the_step_is_other(
         ("nvjet_hsh_256x128_64x4_1x2_h_bz_coopA_NTT", "convolutions"),
         ("void cutlass__5x_cudnn::Kernel<cutlass_tensorop_bf16_s16816wgrad>", "convolutions"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_31", "attention"),
-        ("forward_kernel", "norms"),
-        ("sums_kernel", "norms"),
+        *((kernel, "norms") for kernel in KERNEL_NAMES["group_norm_silu"]),
+        *((kernel, "attention") for kernel in KERNEL_NAMES["attention"]),
         ("update_kernel", "optimizer"),
         ("void at::native::multi_tensor_apply_kernel<FusedAdamMath", "optimizer"),
         ("void at::native::vectorized_elementwise_kernel<4, CUDAFunctor_add", "adds, casts"),
@@ -218,6 +272,11 @@ def test_a_profiles_kernels_are_drawn_by_part_and_the_rest_of_the_step_is_other(
 def test_a_kernel_of_a_step_belongs_to_the_part_that_its_name_tells(name, part):
     found = parts_of_profile([{"name": name, "us": 7000.0}], 7.0)
     assert {each: ms for each, ms in found.items() if ms} == {part: 7.0}
+
+
+def test_the_kernels_of_norms_and_of_attention_share_no_name():
+    norms, attention = map(set, KERNEL_NAMES.values())
+    assert len(norms) == len(attention) == 4 and not norms & attention
 
 
 def test_an_unknown_device_has_the_ceilings_of_its_own_run_the_largest_of_its_stages(write):

@@ -1,6 +1,7 @@
 """Real training runs as stages: flags, parity of losses, what the long run may claim."""
 
 import json
+import math
 import subprocess
 
 import pytest
@@ -47,6 +48,19 @@ def test_each_way_to_train_is_held_against_eager(monkeypatch, results):
     assert by_name["captured"]["parity"] == "green: losses 0.0e+00 of 1e-02"
     assert by_name["captured"]["found"] == "bitwise the same"
     assert by_name["compiled and captured"]["why_not"] == "no graph"
+
+
+@pytest.mark.parametrize("nan_at", [0, 3, 9])
+@pytest.mark.parametrize("whose", ["--compile", "--no-compile"])
+def test_a_loss_that_is_nan_is_red_whichever_step_and_run_has_it(
+    monkeypatch, results, whose, nan_at
+):
+    losses = [1.0] * 10
+    with_nan = [*losses[:nan_at], math.nan, *losses[nan_at + 1 :]]
+    fake_trainer(monkeypatch, lambda flags: with_nan if whose in flags else losses)
+    measure_graph_parity(results, dry_run=False)
+    parity = {row["name"]: row.get("parity") for row in results.rows}
+    assert parity["compiled"].startswith("red: losses nan")
 
 
 def test_the_path_that_trains_is_held_against_deterministic_eager_within_the_tolerance(

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import ddpm_fast as df
 from ddpm_fast.checkpoints import own as checkpoint
@@ -155,6 +156,48 @@ def test_saving_replaces_nothing_and_needs_a_process(tmp_path, tiny_run, tree):
     with pytest.raises(ValueError, match="no schedule to save"):
         df.save(net, tmp_path / "mine", df.Diffusion.from_betas(torch.full((5,), 0.1)))
     assert not (tmp_path / "mine").exists()
+
+
+def make_live(net):
+    """With a last layer that is not zero, as a new preset's is."""
+    nn.init.normal_(net.out_conv.weight)
+    return net
+
+
+def test_a_wrapped_net_is_saved_as_the_net_inside(tmp_path):
+    net, proc = df.UNet.from_preset("digits"), df.Diffusion()
+    compiled = torch.compile(nn.DataParallel(net), backend="eager")
+    loaded = df.load(df.save(compiled, tmp_path / "compiled", proc))
+    assert all(map(torch.equal, loaded.state_dict().values(), net.state_dict().values()))
+    net.process = proc
+    assert df.load(df.save(compiled, tmp_path / "own")).process.matches(proc)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_loaded_net_does_not_depend_on_torchs_defaults(tmp_path, dtype):
+    proc, x, t = df.Diffusion(), torch.randn(2, 1, 16, 16), torch.tensor([3, 900])
+    path = df.save(make_live(df.UNet.from_preset("digits")), tmp_path / "a", proc)
+    expected = df.load(path)
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.inference_mode(), torch.device("meta"):
+            net = df.load(path)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(net(x, t), expected(x, t))
+    net.process.loss(net, x, seed=0, step=0).backward()
+
+
+@pytest.mark.parametrize("net", [None, nn.Linear(2, 2), nn.DataParallel(nn.Linear(2, 2))])
+def test_what_is_no_unet_is_not_saved(tmp_path, net):
+    with pytest.raises(ValueError, match="must be a UNet"):
+        df.save(net, tmp_path / "mine", df.Diffusion())
+    assert not (tmp_path / "mine").exists()
+
+
+def test_a_path_that_is_none_is_named():
+    with pytest.raises(CheckpointError, match="path=5"):
+        df.load(5)
 
 
 WRAPPED = {

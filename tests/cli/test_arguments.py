@@ -123,7 +123,7 @@ def test_flags_not_given_keep_the_default_that_was_passed():
         ("--count", "--count"),
         ("--count three", "three"),
         ("--count 3 4", "4"),
-        ("--count 0", "count=0 must be at least 1"),
+        ("--count 0", "--count 0 must be at least 1"),
         ("--count 3.5", "--count was given '3.5'; allowed: a whole number"),
         ("--count nan", "--count was given 'nan'; allowed: a whole number"),
         ("--count 1e999999999", "of at most 19 digits"),

@@ -232,6 +232,8 @@ def test_bad_input_names_the_value_and_the_rule():
     ]:
         with pytest.raises(ValueError, match=message):
             proc.q_sample(*arguments, **options)
+    with pytest.raises(ValueError, match="x_0=None must be a tensor"):
+        proc.loss(lambda x, t, y: x, None)
     with pytest.raises(ValueError, match="loss='l3'.*l1, l2, huber"):
         df.Diffusion(loss="l3")
 

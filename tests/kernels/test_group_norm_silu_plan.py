@@ -22,7 +22,7 @@ def test_images_are_counted_by_the_grids_long_axis(monkeypatch):
             grids.append(grid)
             return lambda *arguments, **constants: None
 
-    for name in ("forward_kernel", "backward_kernel"):
+    for name in ("group_norm_silu_forward_kernel", "group_norm_silu_backward_kernel"):
         monkeypatch.setattr(kernels, name, Recorded())
     x, weight = torch.ones(70_000, 4, 1, 1, device=DEVICE), torch.ones(4, device=DEVICE)
     y, _, mean, rstd = launch.launch_forward(

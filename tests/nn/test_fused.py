@@ -7,6 +7,7 @@ import torch
 
 import ddpm_fast as df
 from ddpm_fast.nn import blocks, norm
+from ddpm_fast.nn.one_pass import Unsummed, conv_1x1
 from tests import original
 
 pytest.importorskip("triton")
@@ -123,6 +124,12 @@ def test_fused_net_compiles_without_a_graph_break():
     compiled.set_rng = net.set_rng
     compiled.named_parameters = net.named_parameters
     assert_same(run(compiled), expected, 1e-6)
+
+
+def test_a_1x1_conv_of_no_images_has_none():
+    conv = torch.nn.Conv2d(12, 4, 1, device=DEVICE)
+    parts = [Unsummed(torch.empty(0, c, 3, 2, device=DEVICE)) for c in (8, 4)]
+    assert conv_1x1(conv, parts, None).shape == conv(torch.empty(0, 12, 3, 2, device=DEVICE)).shape
 
 
 def test_unknown_ways_to_run_are_refused():

@@ -52,6 +52,14 @@ def test_names_without_a_common_prefix_stay(state):
     assert strip_prefix(state) == (state, "")
 
 
+@pytest.mark.parametrize("trained", ["model.", "net."])
+@pytest.mark.parametrize("average", ["ema.", "ema_model."])
+def test_of_a_net_and_its_average_the_average_is_taken_whatever_they_are_called(trained, average):
+    state = {f"{trained}a.b": torch.zeros(1), f"{average}a.b": torch.ones(1), "step": 3}
+    weights, found = strip_prefix(state)
+    assert found == average and weights == {"a.b": torch.ones(1)}
+
+
 def test_a_nets_own_names_have_no_prefix():
     state = build(num_classes=3, norm="bn").state_dict()
     assert strip_prefix(state) == (state, "")

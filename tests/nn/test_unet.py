@@ -200,6 +200,8 @@ def test_bad_input_names_the_value_and_the_rule():
         (dict(head_dim=5), "head_dim=5 must divide channels=16"),
         (dict(base_channels=9, num_groups=3), "base_channels=9 must be even"),
         (dict(initial_pad=-1), "initial_pad=-1"),
+        (dict(channel_mults=2), "channel_mults=2 must be several"),
+        (dict(attention_resolutions=1), "attention_resolutions=1 must be several"),
         (dict(num_res_blocks=0), "num_res_blocks=0 must be a positive integer"),
         (dict(freq_shift=4.0), "freq_shift=4.0 must be below base_channels / 2 = 4"),
     ],

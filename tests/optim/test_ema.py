@@ -175,3 +175,20 @@ def test_a_net_of_other_buffers_is_refused():
     bare = nn.Sequential(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.Conv2d(4, 2, 1))
     with pytest.raises(ValueError):
         ema.update(bare)
+
+
+def test_what_is_no_net_is_refused():
+    with pytest.raises(ValueError, match="net=None"):
+        EMA(None)
+
+
+def test_reassigned_weights_are_followed_also_of_a_compiled_net():
+    module = net()
+    compiled = torch.compile(module, backend="eager")
+    ema, plain = EMA(compiled, 0.5), EMA(module, 0.5)
+    module[0].weight = nn.Parameter(module[0].weight.detach() + 2)
+    expected = plain.net[0].weight + 1
+    ema.update(compiled)
+    plain.update(module)
+    torch.testing.assert_close(plain.net[0].weight, expected)
+    assert all(map(torch.equal, ema.net.parameters(), plain.net.parameters()))

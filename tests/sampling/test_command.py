@@ -44,6 +44,23 @@ def test_the_averaged_weights_are_the_default(draw, tmp_path):
     assert json.loads((averaged / "samples.json").read_text())["ema"] is True
 
 
+def test_fp32_on_a_gpu_is_without_tf32_as_the_trainers_default_is(monkeypatch, tmp_path):
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+
+    def load(*_):
+        raise LookupError("far enough")
+
+    monkeypatch.setattr(command, "_load", load)
+    try:
+        cudnn.allow_tf32 = matmul.allow_tf32 = True
+        with pytest.raises(LookupError):
+            command._draw(SampleOptions(checkpoint=str(tmp_path)), torch.device("cuda"), None)
+        assert (cudnn.allow_tf32, matmul.allow_tf32) == (False, False)
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32 = before
+
+
 def test_it_goes_on_where_it_was_stopped(draw, monkeypatch):
     folder = draw()
     whole = numbered(folder)

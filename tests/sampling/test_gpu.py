@@ -51,6 +51,20 @@ def test_a_graph_follows_weights_that_change_or_lie_elsewhere(assign):
     )
 
 
+def test_a_graph_reads_nothing_that_another_autocast_has_given_back():
+    """One context's casts of the weights, and the phase weights of another, are freed or moved."""
+    net = make_net()
+    torch.nn.init.normal_(net.out_conv.weight, std=0.1)
+    sampler = df.Sampler(net, PROC, steps=20, batch_size=4)
+    for on in (True, True, False, True, False):
+        with torch.autocast("cuda", torch.bfloat16, enabled=on):
+            found = sampler(4)
+            expected = df.Sampler(net, PROC, steps=20, batch_size=4)(4)
+        assert sampler.why_no_graph is None
+        torch.testing.assert_close(found, expected, rtol=0, atol=0.1 if on else 1e-3)
+        torch.empty(64 * 2**20, device="cuda").fill_(float("nan"))  # over what was freed
+
+
 def test_an_output_that_is_not_finite_is_told_of_a_replayed_graph_too():
     net = make_net()
     sampler = df.Sampler(net, PROC, steps=20, batch_size=4)

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import ddpm_fast as df
-from ddpm_fast.diffusion import compiling
+from ddpm_fast.diffusion import compiling, nets
 from ddpm_fast.errors import NotFinite
+from ddpm_fast.nn.upsample import Upsample
 
 PROC = df.Diffusion("cosine", 20)
 SHAPE = {"image_size": 4, "channels": 1}
@@ -125,16 +127,64 @@ def test_what_a_module_makes_of_its_weights_is_held_during_a_call_and_follows_th
     assert held == [torch.tensor(0.1, dtype=torch.bfloat16), torch.tensor(0.5)]
 
 
+def test_a_graph_is_captured_anew_under_another_autocast_and_no_other_time(net, monkeypatch):
+    captures, draw = [], df.Sampler(net, PROC, steps=3, batch_size=2)
+    monkeypatch.setattr(draw, "_capture_anew", lambda: captures.append(1))
+    counts = []
+    for on in (False, False, True, True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            draw(2)
+        counts.append(len(captures))
+    assert counts == [0, 0, 1, 1, 2]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_what_a_net_holds_is_among_the_addresses_that_a_graph_reads(autocast):
+    layer, cuda = Upsample(4, "transposed"), torch.device("cuda")
+    with nets.held_weights(layer) as held:
+        before = nets.addresses(layer, held, cuda)
+        assert layer._held.phases.data_ptr() in before
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), nets.held_weights(layer) as now:
+        # Summed in another way under autocast, into another layout
+        assert (nets.addresses(layer, now, cuda) == before) == (not autocast)
+
+
+def test_quantised_weights_without_an_address_count_by_who_they_are():
+    layer, cuda = nn.Linear(2, 2), torch.device("cuda")
+    halves = TwoTensor(torch.ones(2, 2), torch.ones(2, 2))
+    layer.weight = nn.Parameter(halves, requires_grad=False)
+    before = nets.addresses(layer, [], cuda)
+    assert before == nets.addresses(layer, [], cuda)
+    layer.weight = nn.Parameter(halves.clone(), requires_grad=False)
+    assert before != nets.addresses(layer, [], cuda)
+
+
+def test_no_cast_of_a_weight_outlives_the_step_that_made_it_under_autocast(net):
+    """A graph would go on reading one that autocast's cache had freed."""
+    cached = []
+
+    def f(x, t, y=None):
+        cached.append(torch.is_autocast_cache_enabled())
+        return net(x, t)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        draw = df.Sampler(f, PROC, steps=3, shape=(1, 4, 4))
+        draw(1)
+        assert torch.is_autocast_cache_enabled()
+    assert cached == [False] * 3
+
+
 # --- gradients
 
 
-def test_a_net_may_differentiate_inside():
-    """As classifier guidance does."""
+@pytest.mark.parametrize("own_copy", [True, False])
+def test_a_net_may_differentiate_inside(own_copy):
+    """As classifier guidance does, by a copy of its input or by the input itself."""
 
     def guided(x, t, y=None):
         with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            (slope,) = torch.autograd.grad((x**2).sum(), x)
+            x = (x.detach() if own_copy else x).requires_grad_()
+            (slope,) = torch.autograd.grad((x**2).sum(), x, create_graph=not own_copy)
         return 0.1 * slope
 
     plain = draw(lambda x, t, y=None: 0.2 * x, **SHAPE)
@@ -268,6 +318,7 @@ def test_no_process_at_all_is_one_line(net):
         ({"compile": "yes"}, "compile='yes'"),
         ({"dtype": torch.int32}, "dtype=torch.int32"),
         ({"guidance": "2", "null_class": 1}, "guidance='2'"),
+        ({"proc": "linear"}, "proc='linear' must be a Diffusion"),
     ],
 )
 def test_an_argument_that_would_be_ignored_or_misread_is_refused(net, changes, told):

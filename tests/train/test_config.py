@@ -163,6 +163,14 @@ def test_a_resumed_run_takes_its_own_values_again_and_a_folder_without_one_is_na
         parsed(f"--resume {tmp_path / 'empty'}")
 
 
+def test_a_saved_run_that_does_not_clip_by_inf_goes_on_and_the_flag_may_say_so(tmp_path):
+    text = TrainConfig(grad_clip=float("inf")).to_json()
+    assert '"grad_clip": Infinity' in text
+    (tmp_path / "config.json").write_text(text)
+    assert parsed(f"--resume {tmp_path}").grad_clip == float("inf")
+    assert parsed("--grad-clip inf").grad_clip == float("inf")
+
+
 def test_numbers_of_numpy_and_torch_are_pythons_own_in_a_configuration():
     own = TrainConfig(
         iterations=np.int64(5), learning_rate=np.float32(0.5), channel_mults=[np.int8(1), 2],
@@ -194,17 +202,17 @@ def test_a_config_that_is_none_is_refused(tmp_path, text):
         ("--batch-size -3", "--batch-size -3 must be from 1"),
         ("--learning-rate nan", "--learning-rate nan must be from"),
         ("--learning-rate inf", "--learning-rate inf must be from"),
-        ("--ema-decay 1", "ema_decay=1.0, extra_ema_decays=(): each must be in [0, 1)"),
-        ("--extra-ema-decays 0.9,1.5", "extra_ema_decays=(0.9, 1.5): each must be in [0, 1)"),
-        ("--extra-ema-decays 0.995", "extra_ema_decays=(0.995,) must differ from each other"),
+        ("--ema-decay 1", "--ema-decay 1.0, --extra-ema-decays (): each must be in [0, 1)"),
+        ("--extra-ema-decays 0.9,1.5", "--extra-ema-decays (0.9, 1.5): each must be in [0, 1)"),
+        ("--extra-ema-decays 0.995", "--extra-ema-decays (0.995,) must differ from each other"),
         ("--grad-clip nan", "--grad-clip nan must be from 0"),
         ("--seed -1", "--seed -1 must be from 0 to 9223372036854775807"),
         ("--seed 9223372036854775808", "must be from 0 to 9223372036854775807"),
-        ("--dropout 1", "dropout=1.0 must be in"),
+        ("--dropout 1", "--dropout 1.0 must be in"),
         ("--attention-resolutions 3", "must hold level indices from 0 to 2"),
-        ("--num-groups 5", "num_groups=5 must divide channels=32"),
-        ("--device tpu", "device='tpu' must be auto, cpu, cuda or cuda:N"),
-        ("--channel-mults", "channel_mults"),
+        ("--num-groups 5", "--num-groups 5 must divide channels=32"),
+        ("--device tpu", "--device 'tpu' must be auto, cpu, cuda or cuda:N"),
+        ("--channel-mults", "--channel-mults ()"),
         ("--channel-mults 1,x", "--channel-mults was given '1,x'; allowed: a whole number"),
         ("--base-channels 1000000", "--base-channels 1000000 must be from 1 to"),
         ("--base-channels 64 --channel-mults 1,1000", "must be at most 16384 channels"),

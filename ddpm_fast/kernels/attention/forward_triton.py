@@ -79,7 +79,7 @@ def _hide_absent(s, offs_key, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def forward_kernel(
+def attention_forward_kernel(
     qkv_ptr, o_ptr, lse_ptr,
     stride_qkv_n, stride_qkv_t, stride_o_n, stride_o_t, num_heads, scale_log2,
     TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -117,7 +117,7 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(
+def attention_backward_kernel(
     do_ptr, qkv_ptr, lse_ptr, dqkv_ptr,
     stride_do_n, stride_do_t, stride_qkv_n, stride_qkv_t, stride_dqkv_n, stride_dqkv_t,
     num_heads, scale, scale_log2,
@@ -153,13 +153,13 @@ def backward_kernel(
 
 
 @triton.jit
-def backward_q_kernel(
+def attention_backward_q_kernel(
     do_ptr, qkv_ptr, o_ptr, lse_ptr, delta_ptr, dqkv_ptr,
     stride_do_n, stride_do_t, stride_qkv_n, stride_qkv_t, stride_o_n, stride_o_t,
     stride_dqkv_n, stride_dqkv_t, num_heads, scale, scale_log2,
     TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dq of BLOCK_M queries, and their delta = rowsum(o do) for backward_kv_kernel."""
+    """dq of BLOCK_M queries, and their delta = rowsum(o do) for attention_backward_kv_kernel."""
     BLOCKS: tl.constexpr = (TOKENS + BLOCK_M - 1) // BLOCK_M
     pid_head = tl.program_id(0) // BLOCKS
     start_m = tl.program_id(0) % BLOCKS * BLOCK_M
@@ -193,7 +193,7 @@ def backward_q_kernel(
 
 
 @triton.jit
-def backward_kv_kernel(
+def attention_backward_kv_kernel(
     do_ptr, qkv_ptr, lse_ptr, delta_ptr, dqkv_ptr,
     stride_do_n, stride_do_t, stride_qkv_n, stride_qkv_t, stride_dqkv_n, stride_dqkv_t,
     num_heads, scale, scale_log2,
@@ -277,10 +277,10 @@ def _named(block_m: int, block_n: int, num_warps: int, num_stages: int) -> dict[
 
 
 KERNELS = {
-    "forward": forward_kernel,
-    "backward": backward_kernel,
-    "q.backward": backward_q_kernel,
-    "kv.backward": backward_kv_kernel,
+    "forward": attention_forward_kernel,
+    "backward": attention_backward_kernel,
+    "q.backward": attention_backward_q_kernel,
+    "kv.backward": attention_backward_kv_kernel,
 }
 
 # Registers a thread: the most of sm_80, 90 and 100 with Triton 3.6, and a tenth.

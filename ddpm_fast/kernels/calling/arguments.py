@@ -42,6 +42,11 @@ def is_integer(value: object) -> bool:
     return isinstance(value, _INTEGERS) and not isinstance(value, bool)
 
 
+def as_python(value: object) -> object:
+    """NumPy's integers as Python's; anything else as it is."""
+    return int(value) if isinstance(value, numbers.Integral) and type(value) is not bool else value
+
+
 def check_integer(name: str, value: object) -> None:
     if not is_integer(value):
         raise ValueError(f"{given(name, value)} must be an int")

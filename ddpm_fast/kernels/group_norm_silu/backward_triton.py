@@ -101,7 +101,7 @@ def _load_context(
 
 
 @triton.jit(do_not_specialize=["threshold", "stream"])
-def sums_kernel(
+def group_norm_silu_sums_kernel(
     x_ptr, concat_ptr, add_ptr, dy_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, scale_ptr,
     shift_ptr, rng_ptr, partial_ptr, keep_scale, threshold, stream,
     C1: tl.constexpr, C2: tl.constexpr, HW: tl.constexpr, CPG: tl.constexpr,
@@ -154,7 +154,7 @@ def _joined_sums(
 
 
 @triton.jit(do_not_specialize=["threshold", "stream"])
-def backward_kernel(
+def group_norm_silu_backward_kernel(
     x_ptr, concat_ptr, add_ptr, dy_ptr, dsum_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr,
     scale_ptr, shift_ptr, rng_ptr, partial_ptr, dx_ptr, dconcat_ptr, dadd_ptr, sums_ptr,
     keep_scale, threshold, stream,

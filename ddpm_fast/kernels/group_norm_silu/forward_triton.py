@@ -14,7 +14,10 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ddpm_fast.kernels.group_norm_silu.backward_triton import backward_kernel, sums_kernel
+from ddpm_fast.kernels.group_norm_silu.backward_triton import (
+    group_norm_silu_backward_kernel,
+    group_norm_silu_sums_kernel,
+)
 from ddpm_fast.kernels.group_norm_silu.plan import (
     MOST_PER_THREAD,
     NUM_STAGES,
@@ -41,7 +44,7 @@ from ddpm_fast.kernels.spec import Budget, Launch
 
 
 @triton.jit
-def stats_kernel(
+def group_norm_silu_stats_kernel(
     x_ptr, concat_ptr, residual_ptr, add_ptr, partial_ptr,
     C1: tl.constexpr, C2: tl.constexpr, HW: tl.constexpr, CPG: tl.constexpr,
     GROUPS: tl.constexpr, RANGE: tl.constexpr, SPLITS: tl.constexpr,
@@ -77,7 +80,7 @@ def _joined_stats(
     HW: tl.constexpr, CPG: tl.constexpr, G: tl.constexpr, GROUPS: tl.constexpr,
     RANGE: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Mean and sum of squared distances of whole groups from stats_kernel's shares."""
+    """Mean and sum of squared distances of whole groups from the stats kernel's shares."""
     count = 0.0
     mean = tl.zeros(group.shape, tl.float32)
     m2 = tl.zeros(group.shape, tl.float32)
@@ -114,7 +117,7 @@ def _activate(
 
 
 @triton.jit(do_not_specialize=["threshold", "stream"])
-def forward_kernel(
+def group_norm_silu_forward_kernel(
     x_ptr, concat_ptr, residual_ptr, add_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr,
     rng_ptr, partial_ptr, y_ptr, sum_ptr, mean_ptr, rstd_ptr, eps, keep_scale, threshold, stream,
     C1: tl.constexpr, C2: tl.constexpr, HW: tl.constexpr, CPG: tl.constexpr,
@@ -324,9 +327,11 @@ def sweep_launch(kernel: str, values: Mapping[str, Any], arch: int) -> Launch:
 
 
 _KERNELS = {
-    "stats": stats_kernel, "forward": forward_kernel, "sums": sums_kernel,
-    "backward": backward_kernel,
-}  # fmt: skip
+    "stats": group_norm_silu_stats_kernel,
+    "forward": group_norm_silu_forward_kernel,
+    "sums": group_norm_silu_sums_kernel,
+    "backward": group_norm_silu_backward_kernel,
+}
 _GIVEN = {"add_ptr": "*fp32", "rng_ptr": "*i64", "partial_ptr": "*fp32"}
 _TYPES = {  # "*bf16" for the others: images, and what stands in where there is no such input
     "weight_ptr": "*fp32", "bias_ptr": "*fp32", "mean_ptr": "*fp32", "rstd_ptr": "*fp32",

@@ -37,11 +37,11 @@ def launch_forward(
     with on_device_of(x):
         if plan.SPLITS > 1:
             partial = torch.empty(2, n, plan.SPLITS, num_groups, device=x.device)
-            kernels.stats_kernel[grid](
+            kernels.group_norm_silu_stats_kernel[grid](
                 x, _or(concat, x), _or(residual, x), _or(add, x), partial,
                 **flags, BLOCK_G=plan.BLOCK_G, HAS_RESIDUAL=residual is not None,
             )  # fmt: skip
-        kernels.forward_kernel[grid](
+        kernels.group_norm_silu_forward_kernel[grid](
             x, _or(concat, x), _or(residual, x), _or(add, x), weight, bias, _or(scale, x),
             _or(shift, x), _or(rng, x), partial, y, total, mean, rstd, eps,
             dropout_kernel.scale_of(threshold), threshold, _as_int32(stream),
@@ -98,11 +98,11 @@ def launch_backward(
     with on_device_of(x):
         if plan.SPLITS > 1:
             partial = torch.empty(3, n, plan.SPLITS, c1 + c2, device=x.device)
-            kernels.sums_kernel[grid](
+            kernels.group_norm_silu_sums_kernel[grid](
                 x, _or(concat, x), _or(add, x), dy, mean, rstd, *context, partial, keep_scale,
                 threshold, stream, **flags,
             )  # fmt: skip
-        kernels.backward_kernel[grid](
+        kernels.group_norm_silu_backward_kernel[grid](
             x, _or(concat, x), _or(add, x), dy, _or(dtotal, x), mean, rstd, *context, partial,
             dx, dconcat, dadd, sums, keep_scale, threshold, stream,
             **flags, BLOCK_G=plan.BLOCK_G, HAS_DSUM=dtotal is not None,

@@ -25,6 +25,7 @@ from torch import Tensor
 from ddpm_fast.kernels.calling import extension
 from ddpm_fast.kernels.calling.arguments import (
     as_device,
+    as_python,
     as_shape,
     bounds_of,
     check_tensor,
@@ -150,6 +151,7 @@ def _philox_fill(
     elements = 1
     for size in shape[1:]:
         elements *= size
+    counters = {name: as_python(value) for name, value in counters.items()}
     check_counters(**counters, samples=shape[0], elements=elements)
     device = as_device(device)
     if not extension.use_extension(impl, device):
