@@ -43,7 +43,7 @@ RANGES = {
     "batch_size": (1, 2**20),
     "batch_size_per_gpu": (1, 2**20),
     "grad_accumulation": (1, 2**20),
-    "learning_rate": (1e-12, 1e3),
+    "learning_rate": (1e-12, 1e6),
     "warmup_steps": (0, MOST_STEPS),
     "weight_decay": (0.0, 1e3),
     "grad_clip": (0.0, math.inf),

@@ -109,6 +109,8 @@ shared = torch.nn.parallel.DistributedDataParallel(net)
 for _ in range(3):
     shared(torch.zeros(2, 1, 8, 8), torch.tensor([1, 2])).sum().backward()
 print("rng", *net.rng.tolist())
+del shared  # its tensors, before gloo's threads end
+dist.barrier()
 dist.destroy_process_group()
 """
 
