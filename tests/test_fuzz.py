@@ -23,9 +23,10 @@ from ddpm_fast.sampling.options import SampleOptions
 from ddpm_fast.scaling import measure
 from ddpm_fast.scaling.options import ScalingOptions
 from ddpm_fast.train import config, loop
+from ddpm_fast.train.command import RENAMED, TrainCommand
 
 KINDS = {
-    "train": (config.TrainCommand, config.RENAMED),
+    "train": (TrainCommand, RENAMED),
     "sample": (SampleOptions, {}),
     "doctor": (DoctorOptions, {}),
     "scaling": (ScalingOptions, {}),

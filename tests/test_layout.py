@@ -30,6 +30,7 @@ ALSO = {"files": {"errors"}}
 USES_TORCH = {"ddpm_fast.data.order", "ddpm_fast.data.batches", "ddpm_fast.data.read_ahead"}
 LIGHT = ("ddpm_fast.errors", "ddpm_fast.cli.values", "ddpm_fast.cli.arguments",
          "ddpm_fast.cli.verbs", "ddpm_fast.nn.config", "ddpm_fast.train.config",
+         "ddpm_fast.train.command",
          "ddpm_fast.sampling.options", "ddpm_fast.doctor.__main__",
          "ddpm_fast.doctor.rows", "ddpm_fast.doctor.checks", "ddpm_fast.doctor.table")  # fmt: skip
 VAGUE = {"util", "utils", "helper", "helpers", "common", "misc", "manager", "managers"}

@@ -60,11 +60,11 @@ def test_ci_runs_the_readmes_own_test_command():
 def test_readme_names_no_flag_that_does_not_exist():
     from ddpm_fast.cli.arguments import given_values
     from ddpm_fast.sampling import options
-    from ddpm_fast.train import config
+    from ddpm_fast.train.command import TrainCommand
 
     readme = (ROOT / "README.md").read_text()
     commands = re.findall(r"python -m ddpm_fast\.(train|sample) ([^#`\n]*)", readme)
     assert len(commands) >= 5
     for verb, words in commands:
-        kind = config.TrainCommand if verb == "train" else options.SampleOptions
+        kind = TrainCommand if verb == "train" else options.SampleOptions
         given_values(kind, words.split(), {})  # raises for an unknown flag

@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 
 from ddpm_fast.cli.arguments import run_command
-from ddpm_fast.train.config import PROG, parse_command
+from ddpm_fast.train.command import parse_command
+from ddpm_fast.train.config import PROG
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 from ddpm_fast.data.image_set import NAMED_CLASSES, ImageSet
-from ddpm_fast.train.config import TrainConfig, manifests
+from ddpm_fast.train.command import manifests
+from ddpm_fast.train.config import TrainConfig
 
 
 def numbered_as_in_run(images: ImageSet, config: TrainConfig) -> ImageSet:

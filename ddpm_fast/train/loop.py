@@ -30,7 +30,8 @@ from ddpm_fast.runtime.ranks import (
     told_if_rank_lost,
 )
 from ddpm_fast.train.classes import class_lines
-from ddpm_fast.train.config import PROG, Invocation, TrainConfig
+from ddpm_fast.train.command import Invocation
+from ddpm_fast.train.config import PROG, TrainConfig
 from ddpm_fast.train.estimate import length_estimate
 from ddpm_fast.train.failures import (
     GO_ON,

@@ -9,7 +9,7 @@ import pytest
 from bench import training_runs
 from bench.results import SUITE, Results, write_json
 from bench.training_runs import RunFailed, measure_graph_parity, measure_long_run, read_metrics
-from ddpm_fast.train.config import parse_command
+from ddpm_fast.train.command import parse_command
 
 
 @pytest.fixture

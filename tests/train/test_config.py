@@ -8,7 +8,8 @@ import torch
 
 from ddpm_fast.errors import UsageError
 from ddpm_fast.nn.config import UNetConfig
-from ddpm_fast.train.config import PRESETS, TrainConfig, parse_command
+from ddpm_fast.train.command import parse_command
+from ddpm_fast.train.config import PRESETS, TrainConfig
 
 # Every train flag of the original repository, with a value it could have had.
 ORIGINAL_FLAGS = {

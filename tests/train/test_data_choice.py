@@ -13,7 +13,8 @@ from PIL import Image
 from ddpm_fast.data import ImageSet, open_images
 from ddpm_fast.train.__main__ import main
 from ddpm_fast.train.classes import class_lines, numbered_as_in_run
-from ddpm_fast.train.config import TrainConfig, parse_command
+from ddpm_fast.train.command import parse_command
+from ddpm_fast.train.config import TrainConfig
 from ddpm_fast.train.estimate import length_estimate
 from ddpm_fast.train.resuming import average_parts
 from ddpm_fast.train.setup import make_step, open_data

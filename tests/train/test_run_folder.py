@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from ddpm_fast.checkpoints import own as checkpoint
 from ddpm_fast.train import run_folder
 from ddpm_fast.train.__main__ import main
-from ddpm_fast.train.config import TrainConfig, parse_command
+from ddpm_fast.train.command import parse_command
+from ddpm_fast.train.config import TrainConfig
 from ddpm_fast.train.run_folder import RunFolder, RunFolderError, default_run_dir
 
 
