@@ -85,7 +85,7 @@ class SampleOptions:
         if not 0.1 <= self.timeout <= 1e7:
             raise ValueError(f"timeout={self.timeout} must be from 0.1 to 1e7 seconds")
         if self.ema_decay is not None and not self.ema:
-            raise ValueError(f"ema_decay={self.ema_decay} chooses an average, ema=False none")
+            raise ValueError(f"ema_decay={self.ema_decay} chooses an average, --no-ema none")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta={self.eta} must be from 0 to 1")
         if self.eta and self.sampler != "ddim":
