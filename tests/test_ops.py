@@ -105,6 +105,15 @@ def test_philox_normal_in_another_dtype_is_the_fp32_value_converted(dtype):
         torch.testing.assert_close(got, expected, rtol=2 * torch.finfo(dtype).eps, atol=2e-6)
 
 
+def test_groups_and_heads_of_numpy_are_numbers():
+    x, ones = torch.randn(2, 12, 4, 4), torch.ones(12)
+    for ours, given in ((2, np.int64(2)), (1, np.int32(1))):
+        assert torch.equal(
+            ops.group_norm_silu(x, ones, ones, given), ops.group_norm_silu(x, ones, ones, ours)
+        )
+        assert torch.equal(ops.attention(x, given), ops.attention(x, ours))
+
+
 def test_counters_of_numpy_are_numbers():
     counters = dict(seed=7, stream=3, step=5, first_index=2)
     numpys = {name: np.int64(value) for name, value in counters.items()}

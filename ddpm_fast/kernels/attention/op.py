@@ -26,7 +26,12 @@ from ddpm_fast.kernels.attention.launch import (
     launch_backward,
     launch_forward,
 )
-from ddpm_fast.kernels.calling.arguments import check_integer, check_number, check_tensor
+from ddpm_fast.kernels.calling.arguments import (
+    as_python,
+    check_integer,
+    check_number,
+    check_tensor,
+)
 from ddpm_fast.kernels.calling.autocast import kept_in
 from ddpm_fast.kernels.calling.impl import chosen_impl, refuse_fused
 from ddpm_fast.kernels.calling.target import arch_of, why_no_triton, why_not_fused
@@ -82,6 +87,7 @@ def attention(
                RuntimeError   impl="fused" where it cannot run; differentiating it twice
     source     Vaswani et al. 2017, eq. 1
     """
+    num_heads = as_python(num_heads)
     head_dim = _check(qkv, num_heads, scale)
     scale = head_dim**-0.5 if scale is None else float(scale)
     path = _path(impl, qkv, head_dim)

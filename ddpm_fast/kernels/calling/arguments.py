@@ -44,7 +44,9 @@ def is_integer(value: object) -> bool:
 
 def as_python(value: object) -> object:
     """NumPy's integers as Python's; anything else as it is."""
-    return int(value) if isinstance(value, numbers.Integral) and type(value) is not bool else value
+    if type(value) in (int, bool) or not isinstance(value, numbers.Integral):
+        return value
+    return int(value)
 
 
 def check_integer(name: str, value: object) -> None:

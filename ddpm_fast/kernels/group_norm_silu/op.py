@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ddpm_fast.kernels.calling.arguments import as_python
 from ddpm_fast.kernels.calling.autocast import autocast_dtype
 from ddpm_fast.kernels.calling.impl import chosen_impl, refuse_fused
 from ddpm_fast.kernels.calling.target import why_no_triton, why_not_fused
@@ -127,6 +128,7 @@ def group_norm_silu(
             t.to(dtype) if t is not None and t.dtype == torch.float32 else t
             for t in (x, residual, concat)
         )
+    num_groups, stream = as_python(num_groups), as_python(stream)
     check_norm(x, weight, bias, num_groups, eps, activation)
     check_dropout(x, dropout, rng, stream)
     check_optional(x, weight.shape[0], scale, shift, add, residual, concat)
