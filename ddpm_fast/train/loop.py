@@ -29,7 +29,7 @@ from ddpm_fast.runtime.ranks import (
     rank_device,
     told_if_rank_lost,
 )
-from ddpm_fast.train.classes import class_lines
+from ddpm_fast.train.announcement import announcement
 from ddpm_fast.train.command import Invocation
 from ddpm_fast.train.config import PROG, TrainConfig
 from ddpm_fast.train.estimate import length_estimate
@@ -200,37 +200,10 @@ class Run:
         self._start_interval()
 
     def announce(self) -> None:
-        config, net = self.config, self.train_step.net
-        millions = sum(p.numel() for p in self.train_step.parameters) / 1e6
-        images = self.train_step.batches.images
-        self.display.say(
-            f"training {config.preset} ({millions:.2f} M parameters) on {len(images.images)} "
-            f"images of {images.name}, {net.image_size}x{net.image_size}, "
-            f"batch {config.batch_size}, on {self._where()}; run folder {self.folder.path}"
-        )
-        for line in (*images.notes, *class_lines(images, config.use_labels)):
+        for line in announcement(self.train_step, self.folder.path):
             self.display.say(line)
         if self.monitor is not None and self.monitor.why_not:
             self.display.say(f"{self.monitor.why_not}; this machine's processors are")
-        if rest := config.batch_size % self.world.size:
-            least = config.batch_size // self.world.size
-            self.display.say(
-                f"{config.batch_size} images a step: {least + 1} on {rest} of the processes, "
-                f"{least} on the others"
-            )
-        if self.world.size > 1 and config.norm == "bn":
-            self.display.say(
-                "warning: --norm bn averages over each process's own images: another number of "
-                "processes gives another run"
-            )
-
-    def _where(self) -> str:
-        size = self.world.size
-        where = str(self.device) if size == 1 else f"{size} processes ({self.device.type})"
-        if self.device.type != "cuda":
-            return where
-        tf32 = "convolutions and matrix products in TF32" if self.config.tf32 == "on" else "no TF32"
-        return f"{where}, {'bf16' if self.train_step.autocast_dtype else f'fp32, {tf32}'}"
 
     @property
     def images_per_s(self) -> float:

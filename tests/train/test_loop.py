@@ -3,6 +3,7 @@
 import json
 import re
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from ddpm_fast.diffusion.process import Diffusion
 from ddpm_fast.runtime.ranks import ALONE
 from ddpm_fast.train import loop, summary
 from ddpm_fast.train.__main__ import main
+from ddpm_fast.train.announcement import announcement
 from ddpm_fast.train.config import TrainConfig
 from ddpm_fast.train.step import TrainStep
 
@@ -181,11 +183,16 @@ def test_the_summary_leaves_out_the_first_interval_which_warms_up(
      (None, "on", "cuda, fp32, convolutions and matrix products in TF32")],
 )  # fmt: skip
 def test_on_cuda_the_run_says_in_which_precision_it_multiplies(autocast_dtype, tf32, told):
-    run = SimpleNamespace(
-        world=ALONE, device=torch.device("cuda"), config=TrainConfig(tf32=tf32),
-        train_step=SimpleNamespace(autocast_dtype=autocast_dtype),
+    images = SimpleNamespace(
+        images=[], name="digits", notes=(), labels=None, num_classes=0, class_names=()
+    )
+    step = SimpleNamespace(
+        world=ALONE, config=TrainConfig(tf32=tf32), autocast_dtype=autocast_dtype, parameters=[],
+        net=SimpleNamespace(image_size=16),
+        batches=SimpleNamespace(images=images, device=torch.device("cuda")),
     )  # fmt: skip
-    assert loop.Run._where(run) == told
+    line, *_ = announcement(step, Path("run"))
+    assert f"on {told}; run folder run" in line
 
 
 def test_a_graph_that_must_be_cannot_be_on_the_cpu(tmp_path, tiny, refused):
