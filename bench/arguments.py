@@ -5,7 +5,7 @@ from typing import NoReturn
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """As argparse's; a bad argument is one line on stderr and exit code 2."""
+    """argparse's parser, whose errors are one line on stderr with exit code 2."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}; see --help\n")

@@ -1,4 +1,4 @@
-"""The CIFAR-10 net's convolutions whose cost on a GPU nobody can tell beforehand, as parts.
+"""The CIFAR-10 net's convolutions whose cost on a GPU is unknown, as parts to time.
 
 Upsampling at its three sizes, plain or transposed; 3x3 at five shapes; the first convolution and
 the last, of 3 channels or padded to 8. cuDNN tries ten algorithms for each by default;
@@ -59,7 +59,7 @@ def convolutions(
 
 
 def upsample(device: torch.device, n: int, channels: int, side: int) -> list[Part]:
-    """Nearest neighbour and a 3x3 convolution, as that or as one transposed 4x4 convolution."""
+    """Nearest-neighbour upsampling and a 3x3 convolution: two ops, or one transposed 4x4 one."""
     dtype, tolerance = dtype_of(device)
     x = random_leaf((n, channels, side, side), device, dtype)
     weight = random_leaf((channels, channels, 3, 3), device, dtype)
@@ -108,7 +108,7 @@ def last_conv(device: torch.device, n: int, channels: int, side: int) -> list[Pa
 
 
 def conv_3x3(device: torch.device, n: int, c_in: int, c_out: int, side: int) -> list[Part]:
-    """One way only: what cuDNN makes of it."""
+    """A 3x3 convolution by cuDNN, in one way only."""
     dtype, tolerance = dtype_of(device)
     x = random_leaf((n, c_in, side, side), device, dtype)
     weight = random_leaf((c_out, c_in, 3, 3), device, dtype)
@@ -118,7 +118,7 @@ def conv_3x3(device: torch.device, n: int, c_in: int, c_out: int, side: int) -> 
 
 
 def _padded(x: Tensor, dim: int) -> Tensor:
-    """With zeros up to PADDED in dimension 0 or 1, channels_last."""
+    """Pad dimension 0 or 1 with zeros to PADDED; channels_last."""
     more = PADDED - x.shape[dim]
     pad = (0, 0, 0, 0, 0, more) if dim == 1 else (0, 0, 0, 0, 0, 0, 0, more)
     return F.pad(x, pad).contiguous(memory_format=torch.channels_last)

@@ -13,7 +13,7 @@ from bench import environment
 
 
 class BuildFailed(Exception):
-    """pip's exit code and its last words, or why the extension does not load."""
+    """pip failed, or the extension does not load."""
 
 
 def build() -> str:

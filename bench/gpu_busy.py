@@ -33,7 +33,7 @@ def busy(step: Callable[[], object], device: torch.device) -> dict[str, Any]:
 
 
 def columns(spans: list[Span], wall_us: float) -> dict[str, Any]:
-    """Of the kernels and copies of STEPS calls."""
+    """Profile the kernels and copies of STEPS calls."""
     if not spans:  # such as where the driver keeps its counters from users
         return {"gpu_busy_by": "not found: torch.profiler saw no kernels"}
     percent = round(100 * covered((span.start_us, span.end_us) for span in spans) / wall_us, 1)

@@ -49,7 +49,7 @@ ROWS = (
 
 
 class _TracedError(Exception):
-    """Raised in place of running what was traced."""
+    """Ends the call once its graphs are traced; nothing runs."""
 
 
 def count(preset: str = "cifar10") -> dict[str, Counter[tuple[str, bool]]]:

@@ -49,7 +49,7 @@ def rooflines(suites: Sequence[Suite], name: str | None = None) -> list[Roofline
 
 
 def device_of(suite: Suite) -> Device | None:
-    """With the run's own ceilings, the largest that its stages found; else the given ones."""
+    """The device with the run's largest measured ceilings, else with the given ones."""
     given = next((device for name, device in GIVEN.items() if name in suite.device), None)
     found = [
         Ceilings(stage["copy_gb_s"], stage["matmul_tflop_s"])
@@ -138,7 +138,7 @@ def _cells(floor: float | None, predicted: float, measured: float | None) -> lis
 
 
 def _step_plot(row: Row) -> tuple[str, list[Bar]]:
-    """Its parts; the longest bar is as wide as the plot."""
+    """A bar's parts; the longest bar is as wide as the plot."""
     stacks = {"floor": row.floor, "PREDICTED": row.predicted}
     if row.measured_ms:
         stacks["measured"] = row.measured or {"not by part": row.measured_ms}
@@ -151,7 +151,7 @@ def _step_plot(row: Row) -> tuple[str, list[Bar]]:
 
 
 def _kernel_plot(row: Row) -> tuple[str, list[Bar]]:
-    """Shares of the floor, which is as wide as the plot."""
+    """A bar of shares of the floor; the floor is as wide as the plot."""
     times = {"PREDICTED": row.predicted_ms, "measured": row.measured_ms}
     return row.name, [
         Bar(kind, [("", min(100.0, 100 * row.floor_ms / ms))],

@@ -61,7 +61,7 @@ def find_packages(device: torch.device, tiny: bool) -> Found:
 
 
 def build_extension(device: torch.device, tiny: bool) -> Found:
-    """A tiny one only looks at what is there."""
+    """Build the extension; a tiny check only loads the installed one."""
     from bench.extension_build import build, built
 
     if not tiny:
@@ -155,7 +155,7 @@ def save_and_load(device: torch.device, tiny: bool) -> Found:
 
 
 def compile_step(net: str, device: torch.device, tiny: bool) -> Found:
-    """Nothing but the code that the profile needs, into Inductor's cache."""
+    """Compile the step of a profile into Inductor's cache."""
     images = 2 if tiny else IMAGES
     Model(_setup(net, tiny, "default"), device, images, training=True, tiny=tiny).step()
     return {}

@@ -160,13 +160,13 @@ def _escape_in_streams() -> None:
 
 
 def _speaks() -> bool:
-    """Whether this process is rank 0, or the only one: all ranks are given the same arguments."""
+    """Return True on rank 0 and without ranks: all ranks get the same arguments."""
     environment = os.environ.get
     return (environment("WORLD_SIZE") or "1") == "1" or (environment("RANK") or "0") == "0"
 
 
 def _wait_for_the_speaker(code: int) -> None:
-    """Give the rank that speaks the time to: torchrun ends all ranks when the first has ended."""
+    """Wait for rank 0's line: torchrun ends all ranks when the first one exits."""
     before = signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
     try:
         time.sleep(SILENT_S)

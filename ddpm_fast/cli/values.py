@@ -1,4 +1,4 @@
-"""The words after a flag become a value of its type, and a value is held to its range."""
+"""Convert the words after a flag to a value of its type, and check its range."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def read_value(flag: str, hint: Any, words: Sequence[str]) -> Any:
 
 
 def check_ranges(values: object, ranges: Mapping[str, tuple[float, float]]) -> None:
-    """Hold fields to their ranges, ends included; a tuple's numbers each. None is no number.
+    """Check fields against their ranges, ends included: each number of a tuple, but no None.
 
     raises  UsageError  the flag, the number and the range; NaN lies in none
     """
@@ -88,7 +88,7 @@ def is_number(word: str) -> bool:
 
 
 def _read_tuple(flag: str, hint: Any, words: Sequence[str]) -> tuple:
-    """Of any length, also none ("none", or no word), or of the hint's length."""
+    """Parse a tuple: of the hint's length, or of any; "none" or no word is the empty one."""
     kinds = get_args(hint)
     parts = [part for word in words for part in word.split(",") if part]
     if kinds[-1] is Ellipsis:

@@ -13,11 +13,11 @@ from ddpm_fast.kernels.calling.arguments import given
 
 
 class LeftOut(int):
-    """A default that reads as its number, and is told from that number given by `is`."""
+    """A default value that `is` tells from an equal number given by the caller."""
 
 
 def as_int(name: str, value: Any, rule: str) -> int:
-    """Python's int of NumPy's, of an integer tensor's one element.
+    """Convert a NumPy integer, or an integer tensor of one element, to Python's int.
 
     rule    what is allowed; ends the message
     raises  ValueError  a bool, a float, or anything else
@@ -31,7 +31,7 @@ def as_int(name: str, value: Any, rule: str) -> int:
 
 
 def positive(name: str, value: Any) -> int:
-    """as_int, from 1 up."""
+    """Return as_int(value); ValueError below 1."""
     value = as_int(name, value, "a positive integer")
     if value < 1:
         raise ValueError(f"{name}={value} must be at least 1")
@@ -39,7 +39,7 @@ def positive(name: str, value: Any) -> int:
 
 
 def as_float(name: str, value: Any, rule: str) -> float:
-    """Python's float of a real number or of a tensor's one element; ValueError as as_int."""
+    """Convert a real number, or a tensor of one element, to Python's float, or ValueError."""
     if getattr(value, "ndim", 0) == 0 and not isinstance(value, str | bool | np.bool_):
         try:
             return float(value)
@@ -49,12 +49,12 @@ def as_float(name: str, value: Any, rule: str) -> float:
 
 
 def as_counter(value: Any) -> Any:
-    """NumPy's integers as Python's; tensors, which are read where they are, stay."""
+    """Convert NumPy's integers to Python's; leave tensors where they are."""
     return int(value) if isinstance(value, np.integer) else value
 
 
 def as_classes(y: Any, device: torch.device | None = None) -> Tensor:
-    """(N,) int64 of integers in a tensor, an array or a list.
+    """Convert a tensor, an array or a list of integers to (N,) int64.
 
     raises  ValueError  floats, which would be cut, bools, or another shape
     """

@@ -1,4 +1,4 @@
-"""What a process and a sampler ask of a net f(x, t, y), a module or not, wrapped or not."""
+"""Questions to a net f(x, t, y): a module, a wrapped module or a function."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _inside(net: Any) -> Any:
 
 
 def own_device(net: Any) -> torch.device | None:
-    """Of a module's parameters; None: it has none, or is no module."""
+    """The device of a module's parameters; None without parameters."""
     if isinstance(net, nn.Module):
         for parameter in net.parameters():
             return parameter.device
@@ -49,7 +49,7 @@ def own_device(net: Any) -> torch.device | None:
 
 
 def own_dtype(net: Any) -> torch.dtype | None:
-    """Of a module's first floating parameter; None: it has none, or is no module."""
+    """The dtype of a module's first floating parameter; None without one."""
     if isinstance(net, nn.Module):
         for parameter in net.parameters():
             if parameter.is_floating_point():
@@ -145,7 +145,7 @@ def in_dtype(net: Any, dtype: torch.dtype | None) -> Any:
 
 @torch.no_grad()
 def copy_weights(source: nn.Module, into: nn.Module) -> None:
-    """Parameters and buffers of one net into another's tensors, in their dtypes."""
+    """Copy parameters and buffers into another net's tensors, in the dtypes of these."""
     pairs = zip(_tensors(source), _tensors(into), strict=True)
     for theirs, own in pairs:
         own.copy_(theirs)

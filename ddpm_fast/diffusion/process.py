@@ -78,7 +78,7 @@ class Diffusion:
         )
 
     def matches(self, other: Diffusion) -> bool:
-        """Whether both have the same noise at each step, to the fp32 of the original's files."""
+        """Return whether both have the same abar at each step, to a relative 1e-3."""
         ours, theirs = self.alphas_cumprod, other.alphas_cumprod
         return ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=1e-3, atol=1e-6)
 

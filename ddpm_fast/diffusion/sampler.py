@@ -394,7 +394,7 @@ class Sampler:
         return eps.clone() if given else eps  # a net that returns what it was given
 
     def _note_failures(self, values: Tensor, t: Tensor) -> None:
-        """Remember t for images of which a value is not finite; NaN is the largest of any."""
+        """Record the first t at which an image is not finite; a maximum passes NaN on."""
         first = ~values.abs().amax(dim=(1, 2, 3)).isfinite() & (self._failed < 0)
         self._failed.copy_(torch.where(first, t, self._failed))
 

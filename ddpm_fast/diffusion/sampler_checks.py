@@ -69,7 +69,7 @@ def default_steps(sampler: str, num_timesteps: int) -> int:
 def guidance_of(
     net: Callable[..., Tensor], guidance: float, null_class: int | None
 ) -> tuple[float, int | None]:
-    """Both as Python's numbers; ValueError for one without the other, or a net without classes."""
+    """Check guidance and null_class; ValueError for one alone, or a net without classes."""
     guidance = as_float("guidance", guidance, "a finite number")
     if not math.isfinite(guidance):
         raise ValueError(f"guidance={guidance} must be finite")

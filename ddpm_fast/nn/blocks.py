@@ -72,7 +72,7 @@ class TimeMLP(nn.Sequential):
 
 
 class DropoutConv(nn.Sequential):
-    """A 3x3 conv of dropped-out channels."""
+    """Dropout by counter, then a 3x3 conv."""
 
     def __init__(self, channels: int, dropout: float, stream: int) -> None:
         super().__init__(

@@ -1,4 +1,4 @@
-"""What a net is given: images, steps and classes, checked and made tensors of one length."""
+"""Check a net's inputs (images, steps, classes) and make them tensors of one length."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def as_classes(y: Any, x: Tensor, num_classes: int) -> Tensor:
 
 
 def _tensor(name: str, value: Any, x: Tensor) -> Tensor:
-    """Of a tensor, a number or a list of them, Python's or NumPy's."""
+    """Convert a number or a list of numbers, Python's or NumPy's, to a tensor."""
     if isinstance(value, Tensor):
         return value.to(x.device)
     try:

@@ -1,4 +1,4 @@
-"""Names in state dicts that wrappers have lengthened."""
+"""Prefixes that wrappers put before the names of a state dict."""
 
 from __future__ import annotations
 

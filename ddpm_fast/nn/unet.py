@@ -306,6 +306,6 @@ def _activation_name(activation: Callable[[Tensor], Tensor] | str) -> Callable |
 
 
 def _real_device(net: nn.Module) -> torch.device:
-    """That of the net's weights, or the CPU where these are on the meta device."""
+    """The weights' device; the CPU for weights on the meta device."""
     device = next(net.parameters()).device
     return torch.device("cpu") if device.type == "meta" else device

@@ -19,7 +19,7 @@ from ddpm_fast.nn.plain import is_plain, is_plain_conv
 
 
 class _Held(NamedTuple):
-    """A phase weight, made once, and what it is a function of."""
+    """A phase weight with its inputs."""
 
     phases: Tensor  # (C_in, C_out, 4, 4)
     weight: Tensor
@@ -75,7 +75,7 @@ class Upsample(nn.Module):
             self._holders -= 1
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy, which nobody holds."""
+        """Copy without the held phase weight."""
         return {**self.__dict__, "_held": None, "_holders": 0}
 
     def _transposes(self, x: Tensor) -> bool:
@@ -87,7 +87,7 @@ class Upsample(nn.Module):
         return h * w >= self.MIN_IMAGE_PIXELS
 
     def _readable(self) -> bool:
-        """Whether the conv, and what it lies in, are as they were made."""
+        """Return whether the conv and its container may be read instead of called."""
         if not (is_plain(self.upsample, nn.Sequential) and len(self.upsample) == 2):
             return False
         doubling, conv = self.upsample

@@ -112,7 +112,7 @@ def _draw(options: SampleOptions, device: torch.device, world: World) -> None:
 def _identity(
     options: SampleOptions, trained: Trained, dtype: torch.dtype | None
 ) -> dict[str, Any]:
-    """What the pixels in a folder depend on."""
+    """The settings that decide the pixels of a folder."""
     classes = _class_numbers(options, trained) if options.classes else []
     return {
         **options.identity(_steps(options, trained), classes),
@@ -135,7 +135,7 @@ def _steps(options: SampleOptions, trained: Trained) -> int:
 
 
 def _pixels(options: SampleOptions, trained: Trained, share: list[range]) -> int:
-    """Of all images of these batches, times the network calls of each."""
+    """Pixels that pass through the net: images, times network calls, times their size."""
     images = options.images_at_a_time * len(share)
     return images * _steps(options, trained) * math.prod(_shape(trained)[1:])
 

@@ -37,7 +37,7 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 
 def _in_todays_words(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
-    """A record as this version would have written it.
+    """A record of an earlier version, converted to this one's form.
 
     Before the precision was recorded, images were drawn in fp32; steps were None for the default.
     """
@@ -99,7 +99,7 @@ class SampleFolder:
         return {}
 
     def page(self, name: str) -> Path:
-        """Where the page `name` lies: beside the folder."""
+        """Path of the page `name`, beside the folder."""
         path = self.path
         if path.name in ("", ".."):
             path = Path(os.path.abspath(path))

@@ -1,4 +1,4 @@
-"""What a class number means: the names of a run's classes, in the order it was trained with."""
+"""The names of a run's classes, in the order of their numbers."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def _fitting(data: str, seen: Seen, size: int | None, channels: int | None) -> C
 def _differences(
     preset: str, data: str, seen: Seen, size: int | None, channels: int | None
 ) -> tuple[str, ...]:
-    """How a preset's channels and size change the images."""
+    """Lines on how a preset's channels and size change the images."""
     row, notes = nn_config.PRESETS[preset], []
     if seen.photographs and channels is None and row["img_channels"] != seen.channels:
         change = (

@@ -1,4 +1,4 @@
-"""Some steps of a run under torch.profiler: a table by kernel, or by op on a CPU, and a trace.
+"""Profile some steps of a run: a table by kernel, or by op on a CPU, and a trace.
 
 Two profiles are taken, of steps that the run takes anyway. One of a step that is launched op by op,
 which tells each op's shapes and kernels: their FLOPs and bytes. One of the steps as they are once
@@ -66,7 +66,7 @@ class Ceilings:
     gb_s: float | None = None
 
     def share(self, work: Work, ms: float) -> float | None:
-        """Of a kernel's time, what its work takes at the peaks."""
+        """The least time of its work at the peaks, over its time."""
         floors_ms = []
         if self.tflop_s and work.flops:
             floors_ms.append(work.flops / self.tflop_s / 1e9)
@@ -323,7 +323,7 @@ def _kernel_times(events: Iterable[Any]) -> Iterator[tuple[str, float]]:
 
 
 def _op_times(steps: Iterable[Any]) -> Iterator[tuple[str, float]]:
-    """Of a known op all its time, of another that outside of the ops it calls."""
+    """A known op's whole time; another op's without the ops that it calls."""
     for event, work in known_ops(steps):
         if event.name != STEP:
             yield event.name, event.self_cpu_time_total if work is None else event.cpu_time_total

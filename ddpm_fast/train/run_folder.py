@@ -29,7 +29,7 @@ class RunFolderError(Failure):
 
 
 class RunDirError(RunFolderError, UsageError):
-    """A --run-dir that can be no new run's: exit code 2."""
+    """A --run-dir that cannot be a new run's folder: exit code 2."""
 
 
 NO_FOLDER = (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EILSEQ, errno.ELOOP)

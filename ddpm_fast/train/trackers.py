@@ -34,7 +34,7 @@ def open_trackers(config: TrainConfig, run_dir: Path) -> list[Track]:
 def _opened(
     name: str, opener: Callable[[TrainConfig, Path], Track], config: TrainConfig, run_dir: Path
 ) -> Track:
-    """A tracker whose own errors, of whatever class, are an OSError."""
+    """A tracker whose errors are raised as OSError."""
     try:
         opened = opener(config, run_dir)
     except ImportError:
@@ -93,5 +93,5 @@ def _kept_id(path: Path) -> str:
 
 
 def _text(value: Any) -> Any:
-    """A text with the bytes of a path that are no UTF-8 escaped; another value as it is."""
+    """Escape bytes of a path that are not UTF-8; return other values as they are."""
     return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value

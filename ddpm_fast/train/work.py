@@ -27,14 +27,14 @@ _POINTWISE = re.compile(
 
 
 class Work(NamedTuple):
-    """Of an op; None: not known. FLOPs are those of products: 0 where there are none."""
+    """An op's FLOPs, of products only (0 without any), and bytes; None: not known."""
 
     flops: float | None
     bytes: float | None
 
 
 def work_of(event: Any) -> Work | None:
-    """Of a torch.profiler FunctionEvent with shapes; None for an op that is not known."""
+    """The work of a torch.profiler FunctionEvent with shapes; None for an unknown op."""
     name, shapes = event.name, event.input_shapes
     dtypes = getattr(event, "input_dtypes", None) or [""] * len(shapes)  # torch 2.13 has them
     if not shapes:
@@ -65,7 +65,7 @@ def _numel(shape: Sequence[int]) -> int:
 def _bytes(
     shapes: Sequence[list[int]], dtypes: Sequence[str], *outputs: Sequence[int]
 ) -> int | None:
-    """Of the inputs, and of outputs that have the first input's dtype; None without dtypes."""
+    """Bytes read and written; outputs count in the first input's dtype. None without dtypes."""
     if dtypes[0] not in _ITEMSIZE:
         return None
     read = sum(

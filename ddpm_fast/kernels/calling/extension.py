@@ -138,7 +138,7 @@ def may_launch(*tensors: Tensor | None) -> bool:
 
 
 def runs_fused(impl: str, device: torch.device, what: str, *dtypes: torch.dtype) -> bool:
-    """As use_extension, for ops that have no fp64.
+    """use_extension, for ops without fp64.
 
     what  names whose the dtypes are
     """

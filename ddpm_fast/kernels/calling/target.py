@@ -31,7 +31,7 @@ _cuda_arch._dynamo_marked_constant = True
 
 @functools.cache
 def device_name_of(device: torch.device) -> str:
-    """Such as "NVIDIA H200"; "" where it is no CUDA device."""
+    """The device's name, such as "NVIDIA H200"; "" for a CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
 

@@ -300,7 +300,7 @@ def sweep_candidates(values: Mapping[str, Any], arch: int) -> list[tuple[str, st
                     found.append(numbers)
 
     def unlikely(numbers: Mapping[str, int]) -> tuple:
-        """Tiles that are read again; a thread's share far from 32; rows far from 64 bytes."""
+        """Sort key: tiles read once first, then near 32 elements a thread and 64-byte rows."""
         width = numbers["GROUPS"] * per_group
         per_thread = numbers["BLOCK_HW"] * power_of_two(width) / (32 * numbers["num_warps"])
         row, share = 2 * width / 64, per_thread / 32

@@ -1,4 +1,4 @@
-"""The kernels that launch code asks for, bound by Triton as on a GPU, recorded and not run.
+"""Record the kernels that launch code binds, as on a GPU, without running them.
 
 For a process of its own: after `record`, no launch of that process runs. Tensors may be on the meta
 device, where large ones cost nothing.
@@ -38,7 +38,7 @@ class Bound:
 
 
 class _Driver:
-    """As much of a GPU's driver as a launch needs before it compiles."""
+    """A stand-in for the CUDA driver, up to compilation."""
 
     def __init__(self, arch: int) -> None:
         self.arch = arch
