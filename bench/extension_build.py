@@ -22,9 +22,13 @@ def build() -> str:
     options = {"DDPM_FAST_CUDA": "1", "DDPM_FAST_CUDA_ARCHS": f"{major}{minor}"}
     pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e"]
     done = subprocess.run(
-        [*pip, ".", "-v"], cwd=environment.ROOT, env=os.environ | options, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        [*pip, ".", "-v"],
+        cwd=environment.ROOT,
+        env=os.environ | options,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     if done.returncode:
         print(done.stdout[-8000:])
         raise BuildFailed(f"pip install has exit code {done.returncode}: {done.stdout[-500:]}")

@@ -158,9 +158,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--stages", help=f"of {names}; default: all but smoke")
     parser.add_argument("--dry-run", action="store_true", help="all stages on the CPU, tiny sizes")
     parser.add_argument(
-        "--wheels", type=Path, metavar="DIR",
+        "--wheels",
+        type=Path,
+        metavar="DIR",
         help="only download the packages that a machine without a network lacks",
-    )  # fmt: skip
+    )
     args = parser.parse_args(argv)
     if args.wheels is not None:
         return packages.fetch(args.wheels)

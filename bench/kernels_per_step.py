@@ -106,10 +106,12 @@ def _is_of_images(node: Node) -> bool:
     made = node.meta.get("val")
     tensors = made if isinstance(made, (tuple, list)) else (made,)
     return any(
-        isinstance(t, torch.Tensor) and t.ndim > 1 and t.shape[0] % BATCH == 0
+        isinstance(t, torch.Tensor)
+        and t.ndim > 1
+        and t.shape[0] % BATCH == 0
         and t.numel() >= BATCH * SMALLEST_IMAGE
         for t in tensors
-    )  # fmt: skip
+    )
 
 
 def _kernels(node: Node) -> dict[str, int]:

@@ -52,9 +52,11 @@ def missing(imports: Sequence[str] = tuple(IMPORTS)) -> dict[str, str]:
     """Package -> why it is of no use here, found by importing it in another process."""
     try:
         done = subprocess.run(
-            [sys.executable, "-c", _CODE, *imports], text=True, capture_output=True,
+            [sys.executable, "-c", _CODE, *imports],
+            text=True,
+            capture_output=True,
             timeout=IMPORT_S,
-        )  # fmt: skip
+        )
         said, code = done.stdout, done.returncode
     except subprocess.TimeoutExpired as error:
         said, code = (error.stdout or b"").decode(errors="replace"), None

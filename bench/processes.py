@@ -29,10 +29,15 @@ def run_limited(
     """
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     process = subprocess.Popen(
-        command, cwd=environment.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        errors="replace", start_new_session=True,
+        command,
+        cwd=environment.ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
         env={**kept, "PYTHONUNBUFFERED": "1", **(environ or {})},
-    )  # fmt: skip
+    )
     _running.add(process)
     reader = threading.Thread(target=_read, args=(process, on_line), daemon=True)
     reader.start()

@@ -79,8 +79,10 @@ def _key(section: Section) -> str:
     pieces = {part for _, bars in section.plot for bar in bars for part, _ in bar.pieces}
     keys = [(kind, kind, "var(--ink)") for kind in ("PREDICTED", "measured")]
     keys += [("", part, colour) for part, colour in COLOURS.items() if part in pieces]
-    shown = [f'<span class="{kind}"><i style="--part:{colour}"></i>{name}</span>'
-             for kind, name, colour in keys]  # fmt: skip
+    shown = [
+        f'<span class="{kind}"><i style="--part:{colour}"></i>{name}</span>'
+        for kind, name, colour in keys
+    ]
     return f'<p class="key">{" ".join(shown)}</p>'
 
 

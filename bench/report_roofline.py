@@ -68,23 +68,36 @@ def roofline_sections(found: Roofline) -> list[Section]:
     title, inputs = f"Roofline of {found.device.name}", _inputs(found.device)
     what = f"a training step of {PRESET}, bf16, compiled and captured"
     return [
-        Section(f"{title}: {what}", [inputs, _target(found.steps), _residuals(found.steps)],
-                _table(found.steps), list(map(_step_plot, found.steps))),
-        Section(f"{title}: kernels", [inputs, _residuals(found.kernels)],
-                _table(found.kernels), list(map(_kernel_plot, found.kernels))),
-    ]  # fmt: skip
+        Section(
+            f"{title}: {what}",
+            [inputs, _target(found.steps), _residuals(found.steps)],
+            _table(found.steps),
+            list(map(_step_plot, found.steps)),
+        ),
+        Section(
+            f"{title}: kernels",
+            [inputs, _residuals(found.kernels)],
+            _table(found.kernels),
+            list(map(_kernel_plot, found.kernels)),
+        ),
+    ]
 
 
 def as_json(found: Roofline) -> dict[str, Any]:
     """Each row has the word, the model's terms, and the residual where something is measured."""
     steps, passes = (
         [
-            {"kind": "PREDICTED", **asdict(row), "floor_ms": row.floor_ms,
-             "predicted_ms": row.predicted_ms, "residual": row.residual}
+            {
+                "kind": "PREDICTED",
+                **asdict(row),
+                "floor_ms": row.floor_ms,
+                "predicted_ms": row.predicted_ms,
+                "residual": row.residual,
+            }
             for row in rows
         ]
         for rows in (found.steps, found.kernels)
-    )  # fmt: skip
+    )
     return {"device": asdict(found.device), "steps": steps, "kernels": passes}
 
 
@@ -130,8 +143,11 @@ def _table(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def _cells(floor: float | None, predicted: float, measured: float | None) -> list[str]:
-    shown = [f"{ms:.3g}" + (f" ({_share(floor, ms)})" if floor else "")
-             for ms in (predicted, measured) if ms is not None]  # fmt: skip
+    shown = [
+        f"{ms:.3g}" + (f" ({_share(floor, ms)})" if floor else "")
+        for ms in (predicted, measured)
+        if ms is not None
+    ]
     ratio = [] if measured is None else [f"{measured / predicted:.2f}"]
     cells = [f"{floor:.3g}" if floor else "-", f"PREDICTED {shown[0]}", *shown[1:], *ratio]
     return cells + ["-"] * (4 - len(cells))
@@ -144,20 +160,27 @@ def _step_plot(row: Row) -> tuple[str, list[Bar]]:
         stacks["measured"] = row.measured or {"not by part": row.measured_ms}
     widest = max(sum(stack.values()) for stack in stacks.values())
     return row.name, [
-        Bar(kind, [(part, 100 * ms / widest) for part, ms in stack.items()],
-            _text(row, kind, ms := sum(stack.values()), f"{ms:.3g} ms"))
+        Bar(
+            kind,
+            [(part, 100 * ms / widest) for part, ms in stack.items()],
+            _text(row, kind, ms := sum(stack.values()), f"{ms:.3g} ms"),
+        )
         for kind, stack in stacks.items()
-    ]  # fmt: skip
+    ]
 
 
 def _kernel_plot(row: Row) -> tuple[str, list[Bar]]:
     """A bar of shares of the floor; the floor is as wide as the plot."""
     times = {"PREDICTED": row.predicted_ms, "measured": row.measured_ms}
     return row.name, [
-        Bar(kind, [("", min(100.0, 100 * row.floor_ms / ms))],
-            _text(row, kind, ms, f"{1e3 * ms:.3g} us"))
-        for kind, ms in times.items() if ms
-    ]  # fmt: skip
+        Bar(
+            kind,
+            [("", min(100.0, 100 * row.floor_ms / ms))],
+            _text(row, kind, ms, f"{1e3 * ms:.3g} us"),
+        )
+        for kind, ms in times.items()
+        if ms
+    ]
 
 
 def _text(row: Row, kind: str, ms: float, shown: str) -> str:

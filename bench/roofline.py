@@ -276,9 +276,16 @@ def _added(name: str, module: nn.Module, x: int, y: int, reader: nn.Module) -> i
 
 
 def convolution_ms(
-    device: Device, batch: int, c_in: int, c_out: int, size: int, hw_in: int, hw_out: int,
-    first: bool, split: bool = False,
-) -> float:  # fmt: skip
+    device: Device,
+    batch: int,
+    c_in: int,
+    c_out: int,
+    size: int,
+    hw_in: int,
+    hw_out: int,
+    first: bool,
+    split: bool = False,
+) -> float:
     weights, up = c_in * c_out * size**2, hw_out > hw_in
     flops = 2 * batch * weights * hw_out * (4 / 9 if up else 1)
     moved = 2 * (batch * (c_in * hw_in + c_out * hw_out) + weights)
@@ -306,9 +313,15 @@ def _whole_waves(sms: int, m: int, n: int, *, split: bool = False) -> float:
 
 
 def _norm_ms(
-    device: Device, batch: int, channels: int, hw: int, dropout: float, act: str | None,
-    summed: int, kept: bool,
-) -> float:  # fmt: skip
+    device: Device,
+    batch: int,
+    channels: int,
+    hw: int,
+    dropout: float,
+    act: str | None,
+    summed: int,
+    kept: bool,
+) -> float:
     c1 = summed or channels
     values = {"n": batch, "c1": c1, "c2": channels - c1, "hw": hw, "dropout": dropout}
     values |= {"activation": act}

@@ -220,10 +220,12 @@ def run_stage(results: Results, dry_run: bool) -> bool:
         columns = {"why_not": row.get("why", row["status"])} if row["status"] != "green" else {}
         found = row.get("found", {})
         results.add(
-            row["check"], **columns, seconds=row["s"],
+            row["check"],
+            **columns,
+            seconds=row["s"],
             **({} if columns else {"found": _shown(row)[:300]}),
             **{name: found[name] for name in ("profile", "us", "losses") if name in found},
-        )  # fmt: skip
+        )
 
     found = verdict(Smoke(results.left_s(), dry_run, tell).run(), files.why_not)
     results.rows[0]["found"] = f"smoke: {found}"
@@ -255,9 +257,10 @@ def run_check(name: str, dry_run: bool) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run all checks; 1 if something is red, or there is no GPU."""
     parser = ArgumentParser(
-        prog="python -m bench.smoke", description=__doc__,
+        prog="python -m bench.smoke",
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/smoke"), metavar="DIR")
     parser.add_argument("--seconds", type=float, help=f"for all of it; default {SECONDS:g}")
     parser.add_argument("--dry-run", action="store_true", help="all checks on the CPU, tiny sizes")

@@ -44,8 +44,12 @@ PLACES = ("run", "empty", "file", "bad.json", "list.json", "nul.json", "away/dee
 
 def argument_of(hint):
     """Words for a flag of this type: right ones, wrong ones and hostile ones."""
-    choices = [str(word) for kind in (hint, *get_args(hint)) for word in get_args(kind)
-               if get_origin(kind) is Literal]  # fmt: skip
+    choices = [
+        str(word)
+        for kind in (hint, *get_args(hint))
+        for word in get_args(kind)
+        if get_origin(kind) is Literal
+    ]
     right = st.one_of(st.integers(1, 64).map(str), st.floats(0.01, 0.9).map(str))
     if hint is bool:
         return st.sampled_from(((), (), ("true",), ("off",), ("maybe",)))

@@ -117,9 +117,12 @@ def load_trained(
 
 
 def _load_weights(
-    path: Path, preset: str | None, config: UNetConfig | None, ema: bool | float,
+    path: Path,
+    preset: str | None,
+    config: UNetConfig | None,
+    ema: bool | float,
     device: torch.device | str,
-) -> Trained:  # fmt: skip
+) -> Trained:
     """From a file of weights alone."""
     if not path.is_file():
         raise NoCheckpoint(f"{path}: {'Is a directory' if path.exists() else 'No such file'}")
@@ -187,9 +190,12 @@ def _read(path: Path) -> checkpoint.Checkpoint:
 
 
 def _net(
-    config: UNetConfig, weights: checkpoint.Tensors, proc: Diffusion | None, source: Path,
+    config: UNetConfig,
+    weights: checkpoint.Tensors,
+    proc: Diffusion | None,
+    source: Path,
     device: torch.device | str,
-) -> UNet:  # fmt: skip
+) -> UNet:
     # The same net whatever torch's defaults are: fp32, on the CPU, to train with.
     with torch.inference_mode(False), torch.device("cpu"):
         net = UNet.from_config(config).float()

@@ -72,9 +72,13 @@ def open_array(
         labels = _checked_labels(name, labels, len(images))
         class_names = tuple(str(i) for i in range(int(labels.max()) + 1))
     return ImageSet(
-        images=images, labels=labels, class_names=class_names, name=name, photographs=False,
+        images=images,
+        labels=labels,
+        class_names=class_names,
+        name=name,
+        photographs=False,
         notes=tuple(f"{name}: {note}" for note in notes),
-    )  # fmt: skip
+    )
 
 
 def array_shape(path: Path, array_key: str | None = None) -> tuple[int, int, int, int]:

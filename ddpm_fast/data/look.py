@@ -74,9 +74,13 @@ def _seen(headers: list[tuple[Size, bool]], *, photographs: bool, count: int) ->
     sizes = sorted((size for size, _ in headers), key=lambda size: (min(size), size))
     colours = sum(colour for _, colour in headers)
     return Seen(
-        count=count, colours=count if colours == len(headers) else colours, photographs=photographs,
-        smallest=sizes[0], largest=sizes[-1], side=min(sizes[len(sizes) // 2]),
-    )  # fmt: skip
+        count=count,
+        colours=count if colours == len(headers) else colours,
+        photographs=photographs,
+        smallest=sizes[0],
+        largest=sizes[-1],
+        side=min(sizes[len(sizes) // 2]),
+    )
 
 
 def _in_folder(path: Path, data_root: Path) -> Iterable[tuple[Size, bool] | None]:

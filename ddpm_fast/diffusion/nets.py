@@ -113,9 +113,10 @@ def image_shape(
     size, channels = (
         given if given is not None else known if known is not None else attribute(net, name)
         for given, known, name in (
-            (image_size, own[0], "image_size"), (channels, own[1], "img_channels"),
+            (image_size, own[0], "image_size"),
+            (channels, own[1], "img_channels"),
         )
-    )  # fmt: skip
+    )
     if size is None or channels is None:
         raise ValueError("image_size and channels are unknown: give both, or x_T (N, C, H, W)")
     sizes = tuple(size) if isinstance(size, tuple | list) else (size, size)

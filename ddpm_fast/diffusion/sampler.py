@@ -230,9 +230,11 @@ class Sampler:
             warnings.warn(self._low_start, stacklevel=2)
         # No inference tensors: a net that guides itself differentiates its input.
         with (
-            torch.inference_mode(False), torch.no_grad(), eval_mode(self.net),
+            torch.inference_mode(False),
+            torch.no_grad(),
+            eval_mode(self.net),
             without_autocast_cache(self.device),
-        ):  # fmt: skip
+        ):
             self._follow_net(num_images)
             with held_weights(self.net) as held:
                 self._follow_addresses(held)
@@ -240,9 +242,14 @@ class Sampler:
             return images.clamp(-1, 1) if self.clip else images
 
     def _draw(
-        self, num_images: int, y: Tensor | None, seed: int, first_index: int, x_T: Tensor | None,
+        self,
+        num_images: int,
+        y: Tensor | None,
+        seed: int,
+        first_index: int,
+        x_T: Tensor | None,
         on_step: OnStep | None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Batch by batch; (N, C, H, W), not clamped."""
         images = self._x.new_empty((num_images, *self.shape))
         self._all_failed = failed = self._failed.new_full((num_images,), -1)

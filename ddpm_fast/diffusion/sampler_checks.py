@@ -39,9 +39,14 @@ def process_of(net: Callable[..., Tensor], proc: Diffusion | None) -> Diffusion:
 
 
 def visited_timesteps(
-    proc: Diffusion, sampler: str, steps: int | None, spacing: str, variance: str, eta: float,
+    proc: Diffusion,
+    sampler: str,
+    steps: int | None,
+    spacing: str,
+    variance: str,
+    eta: float,
     recompute_eps: bool,
-) -> list[int]:  # fmt: skip
+) -> list[int]:
     """The timesteps visited, most noise first."""
     if sampler not in SAMPLERS:
         raise ValueError(

@@ -27,8 +27,10 @@ def check_images(x: Any, config: UNetConfig, first: nn.Module, training: bool) -
     config.check_norms(h, w, n if training else None)
     weights = next((p.dtype for p in first.parameters() if p.is_floating_point()), x.dtype)
     cast = autocast_dtype(x.device.type) is not None and x.dtype in (
-        torch.float32, torch.float16, torch.bfloat16,
-    )  # fmt: skip
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+    )
     if x.dtype != weights and not cast:
         raise ValueError(f"x is {x.dtype}, must be of the net's weights' dtype {weights}")
 

@@ -111,9 +111,14 @@ def norm_unsummed(
         return norm_act(norm, activation, x.h, skip=joined, impl=impl), x
     add = joined_bias((x,) if skip is None else (x, skip))
     y = norm_act(
-        norm, activation, x.h, residual=x.residual, skip=None if skip is None else skip.h,
-        add=None if add is None else add.expand(x.h.shape[0], -1), impl=impl,
-    )  # fmt: skip
+        norm,
+        activation,
+        x.h,
+        residual=x.residual,
+        skip=None if skip is None else skip.h,
+        add=None if add is None else add.expand(x.h.shape[0], -1),
+        impl=impl,
+    )
     if x.residual is None:
         return y, x
     y, total = y

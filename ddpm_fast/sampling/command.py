@@ -85,10 +85,13 @@ def _draw(options: SampleOptions, device: torch.device, world: World) -> None:
     dtype = _dtype(options, device)
     folder = world.chief_first(
         lambda: SampleFolder(
-            Path(options.out), _identity(options, trained, dtype), shape=_shape(trained),
-            pages=_pages(options), first=world.is_chief,
+            Path(options.out),
+            _identity(options, trained, dtype),
+            shape=_shape(trained),
+            pages=_pages(options),
+            first=world.is_chief,
         )
-    )  # fmt: skip
+    )
     console = Console(highlight=False, soft_wrap=True, quiet=not world.is_chief)
     start = time.perf_counter()
     batches = world.from_chief(lambda: _missing_batches(options, folder))

@@ -99,9 +99,11 @@ def _train(invocation: Invocation, device: torch.device, world: World) -> str | 
         )
     )
     choose_algorithms(
-        device, deterministic=config.deterministic, algorithms=config.cudnn_algorithms,
+        device,
+        deterministic=config.deterministic,
+        algorithms=config.cudnn_algorithms,
         tf32=config.tf32 == "on",
-    )  # fmt: skip
+    )
     images = open_data_once(config, world, print if world.is_chief else _quiet)
     train_step = world.together(lambda: _make_step(config, images, device, world))
     path = Path(world.from_chief(lambda: str(config.run_dir or default_run_dir(config.preset))))

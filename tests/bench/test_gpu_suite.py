@@ -120,8 +120,10 @@ def test_results_are_on_disk_after_each_row(tmp_path):
 # Both nets, eager and compiled, as one graph each, at the preset's batch and at a large one
 HEADLINES = {
     (f"{net} {how} bf16 captured", images)
-    for net in ("ours", "diffusers") for how in ("compiled", "eager") for images in (128, 512)
-}  # fmt: skip
+    for net in ("ours", "diffusers")
+    for how in ("compiled", "eager")
+    for images in (128, 512)
+}
 STAGE_S = 15.0  # beside its rows: imports, CUDA, the first check against fp64
 HALF_HOUR_S, START_S = 1800.0, 90.0  # of a bare machine, before each call
 
@@ -283,8 +285,9 @@ def test_the_smokes_verdict_is_the_tables_first_line_and_failed_tests_come_first
     smoke = [dict(name="verdict", found="smoke: red: bad"), dict(name="good", found="yes"),
              dict(name="bad", why_not="wrong")]  # fmt: skip
     tests = [dict(name="pytest -m gpu", found="3 passed, 1 failed"), dict(name="t9", found="no")]
-    suite = suite_of(smoke=stage_of(smoke) | {"stage": "smoke"},
-                     tests=stage_of(tests) | {"stage": "tests"})  # fmt: skip
+    suite = suite_of(
+        smoke=stage_of(smoke) | {"stage": "smoke"}, tests=stage_of(tests) | {"stage": "tests"}
+    )
     lines = suite_table.table(suite, tmp_path).splitlines()
     assert lines[0] == "smoke: red: bad"
     names = [line.split()[0] for line in lines]

@@ -104,8 +104,9 @@ def of_part(part, config="cifar10"):
 
 
 def test_what_passes_between_the_kernels_is_the_sum_by_hand():
-    of_32, of_16, of_8, of_4 = (channels * side**2 for channels, side in
-                                ((128, 32), (256, 16), (256, 8), (256, 4)))  # fmt: skip
+    of_32, of_16, of_8, of_4 = (
+        channels * side**2 for channels, side in ((128, 32), (256, 16), (256, 8), (256, 4))
+    )
     elements = 3 * 3 * 32**2  # the last convolution's bias and its gradient
     # first conv; two blocks; padded and cut; downsampled, a quarter's 8; upsampled; shortcuts
     elements += of_32 * (8 + 4 + 8 + 4 + 2 + 2 * 6 + 3)

@@ -104,9 +104,10 @@ def test_after_a_lost_device_the_parts_go_on_behind_the_one_that_lost_it(
         raise RuntimeError("illegal access")
 
     monkeypatch.setattr(
-        step_parts, "convolutions",
+        step_parts,
+        "convolutions",
         lambda device, images, tiny: {"bad": fails, "good": list},
-    )  # fmt: skip
+    )
     monkeypatch.setattr(step_parts, "is_lost", lambda device: True)
     with pytest.raises(stages.DeviceLost, match="bad"):
         measure_step_parts(results, CPU, dry_run=True)

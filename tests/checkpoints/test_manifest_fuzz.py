@@ -18,9 +18,11 @@ JSON = st.recursive(
     max_leaves=8,
 )
 FUZZ = settings(
-    max_examples=300, deadline=None, derandomize=True,
+    max_examples=300,
+    deadline=None,
+    derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)  # fmt: skip
+)
 
 
 @pytest.fixture

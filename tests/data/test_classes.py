@@ -90,8 +90,11 @@ def test_a_set_keeps_the_names_and_can_be_numbered_by_them(opened):
 def test_lists_and_tensors_become_arrays():
     images = ImageSet(
         images=[np.zeros((1, 4, 4), np.uint8)] * 2,
-        labels=[1, 0], class_names=("a", "b"), name="x", photographs=False,
-    )  # fmt: skip
+        labels=[1, 0],
+        class_names=("a", "b"),
+        name="x",
+        photographs=False,
+    )
     assert images.images.shape == (2, 1, 4, 4) and images.labels.dtype == np.int64
     assert images.labels.tolist() == [1, 0]
 

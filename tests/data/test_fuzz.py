@@ -18,9 +18,11 @@ from ddpm_fast.data.look import look
 
 NOISE = np.random.default_rng(0).integers(0, 256, (12, 10, 3), dtype=np.uint8)
 FUZZ = settings(
-    max_examples=150, deadline=None, derandomize=True,
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)  # fmt: skip
+)
 
 
 def image_bytes(file_format, mode="RGB", **options):
@@ -173,7 +175,7 @@ def test_a_damaged_cache_is_decoded_anew(image_folder, tmp_path):
     )
     @example(lambda data: b"[" * 100_000)
     @example(lambda data: b"null")
-    def check(change):  # fmt: skip
+    def check(change):
         index.write_bytes(change(whole))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -33,8 +33,16 @@ def png(depth, colour_type, rows, *chunks, width):
 def tiff(bits, data, photometric=1, *, width=2, order="<", more=()):
     """An uncompressed TIFF of one row; bits: one number a sample; more: (tag, SHORT value)s."""
     bits = bits if isinstance(bits, tuple) else (bits,)
-    one = {256: width, 257: 1, 259: 1, 262: photometric, 273: 8, 277: len(bits), 278: 1,
-           279: len(data)} | dict(more)  # fmt: skip
+    one = {
+        256: width,
+        257: 1,
+        259: 1,
+        262: photometric,
+        273: 8,
+        277: len(bits),
+        278: 1,
+        279: len(data),
+    } | dict(more)
     tags = {258: bits} | {tag: (value,) for tag, value in one.items()}
     data += bytes(len(data) % 2)
     entries, beyond = b"", b""
@@ -146,8 +154,13 @@ def cases(encode):
                 [[WHITE] * 3, [4, 5, 6]],
             ),
             (
-                png(16, 2, [bytes([1, 9, 2, 9, 3, 9, 4, 9, 5, 9, 6, 9])],
-                    chunk(b"tRNS", bytes([1, 9, 2, 9, 3, 9])), width=2),
+                png(
+                    16,
+                    2,
+                    [bytes([1, 9, 2, 9, 3, 9, 4, 9, 5, 9, 6, 9])],
+                    chunk(b"tRNS", bytes([1, 9, 2, 9, 3, 9])),
+                    width=2,
+                ),
                 [[WHITE] * 3, [4, 5, 6]],
             ),
         ],
@@ -211,15 +224,23 @@ def cases(encode):
         ],
         "damaged metadata": [
             *[(jpeg_with(bad), [100, 100]) for bad in BAD_SEGMENTS],
-            (png(8, 0, [b"\0\xc8"], chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2**21))),
-                 width=2), [0, 200]),
+            (
+                png(
+                    8,
+                    0,
+                    [b"\0\xc8"],
+                    chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2**21))),
+                    width=2,
+                ),
+                [0, 200],
+            ),
             (png(8, 0, [b"\0\xc8"], chunk(b"tEXt", b"a\0b")[:-1] + b"!", width=2), [0, 200]),
             (png(8, 0, [b"\0\xc8"], chunk(b"pHYs", b""), width=2), [0, 200]),
             (png(8, 0, [b"\0\xc8"], chunk(b"iCCP", b"a\0\0no zlib"), width=2), [0, 200]),
             (png(8, 0, [b"\0\xc8"], chunk(b"eXIf", b"MM\0*\0\0\xff\xff"), width=2), [0, 200]),
         ],
         "ICC profile": [(encode(GREY, icc_profile=b"no profile"), [0, 200])],
-    }  # fmt: skip
+    }
 
 
 ASKED = {"32-bit integers", "floats", "signed integers (TIFF)"}  # need float_images="minmax"

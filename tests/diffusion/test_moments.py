@@ -71,9 +71,16 @@ def drawn(proc, T, steps, spacing, options):
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         images = df.sample_images(
-            best_net(proc), proc, 64, image_size=8, channels=1, clip=False, steps=steps,
-            spacing=spacing, **options,
-        )  # fmt: skip
+            best_net(proc),
+            proc,
+            64,
+            image_size=8,
+            channels=1,
+            clip=False,
+            steps=steps,
+            spacing=spacing,
+            **options,
+        )
     return images.mean().item(), images.std().item(), [str(w.message) for w in told]
 
 

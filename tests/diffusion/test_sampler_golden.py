@@ -25,9 +25,15 @@ def stand_in(x, t, y=None):
 def test_ddim_is_diffusers(name, steps, options):
     assert sampling_timesteps(1000, steps, "leading") == V[f"{name}_timesteps"].tolist()
     found = df.sample_images(
-        stand_in, df.Diffusion(), 2, steps=steps, spacing="leading", x_T=V["x_T"], batch_size=2,
+        stand_in,
+        df.Diffusion(),
+        2,
+        steps=steps,
+        spacing="leading",
+        x_T=V["x_T"],
+        batch_size=2,
         **options,
-    )  # fmt: skip
+    )
     assert (found - V[name]).abs().max() < 1e-4
 
 

@@ -120,10 +120,14 @@ def pretend_cuda():
         "triton"
         if impl == "fused"
         else attention.choose(
-            qkv.shape[2] * qkv.shape[3], head_dim, qkv.requires_grad and torch.is_grad_enabled(),
-            "cuda", dtype=qkv.dtype, arch=ARCH,
+            qkv.shape[2] * qkv.shape[3],
+            head_dim,
+            qkv.requires_grad and torch.is_grad_enabled(),
+            "cuda",
+            dtype=qkv.dtype,
+            arch=ARCH,
         )[0]
-    )  # fmt: skip
+    )
     torch.Generator = NoGenerator
 
 

@@ -18,9 +18,13 @@ def launched(folder, jobs):
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, Path(__file__).with_name("launched_kernels.py"), folder / "out"]
     done = subprocess.run(
-        [*map(str, command), str(jobs)], cwd=ROOT, env=environment, capture_output=True, text=True,
+        [*map(str, command), str(jobs)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
         timeout=1800,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads((folder / "out").read_text())
 

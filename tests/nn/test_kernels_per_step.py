@@ -27,8 +27,10 @@ def page():
 def numbers(counts, *kinds, images=(True, False)):
     return {
         (kind, way, of_images): counts[way][kind, of_images]
-        for kind in kinds for way in counts for of_images in images
-    }  # fmt: skip
+        for kind in kinds
+        for way in counts
+        for of_images in images
+    }
 
 
 def test_a_step_has_the_pages_convolutions_products_norms_and_attentions(counts, page):

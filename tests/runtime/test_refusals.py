@@ -139,8 +139,12 @@ def test_fused_kernels_asked_of_a_cpu_are_refused_before_anything_is_made(
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
         [sys.executable, "-m", f"ddpm_fast.{command}", *map(str, argv)],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert "DDPM_FAST_IMPL=fused" in done.stderr and "auto or reference" in done.stderr
     assert not any(tmp_path.iterdir())

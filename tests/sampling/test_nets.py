@@ -28,9 +28,17 @@ def make_net(**changes):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return df.UNet(
-            1, 8, (1, 2), 1, time_emb_dim=8, activation="silu", dropout=0.0, num_groups=4,
-            image_size=8, **changes,
-        ).eval()  # fmt: skip
+            1,
+            8,
+            (1, 2),
+            1,
+            time_emb_dim=8,
+            activation="silu",
+            dropout=0.0,
+            num_groups=4,
+            image_size=8,
+            **changes,
+        ).eval()
 
 
 @pytest.fixture
@@ -358,15 +366,33 @@ def test_classes_that_are_no_integers_of_the_net_are_refused_everywhere(y, told)
 
 def test_numbers_of_numpy_and_torch_are_numbers():
     net = make_net(num_classes=4)
-    expected = draw(net, 3, y=torch.tensor([1, 2, 1]), seed=5, first_index=2, image_size=8,
-                    eta=0.5, guidance=2.0, null_class=3)  # fmt: skip
+    expected = draw(
+        net,
+        3,
+        y=torch.tensor([1, 2, 1]),
+        seed=5,
+        first_index=2,
+        image_size=8,
+        eta=0.5,
+        guidance=2.0,
+        null_class=3,
+    )
     for integer, real in ((np.int64, np.float32), (torch.tensor, torch.tensor)):
         found = df.sample_images(
-            net, df.Diffusion("cosine", integer(20)), integer(3), steps=integer(3),
-            batch_size=integer(2), y=np.array([1, 2, 1], np.int32), seed=integer(5),
-            first_index=integer(2), image_size=integer(8), channels=integer(1), eta=real(0.5),
-            guidance=real(2.0), null_class=integer(3),
-        )  # fmt: skip
+            net,
+            df.Diffusion("cosine", integer(20)),
+            integer(3),
+            steps=integer(3),
+            batch_size=integer(2),
+            y=np.array([1, 2, 1], np.int32),
+            seed=integer(5),
+            first_index=integer(2),
+            image_size=integer(8),
+            channels=integer(1),
+            eta=real(0.5),
+            guidance=real(2.0),
+            null_class=integer(3),
+        )
         assert torch.equal(found, expected)
     assert torch.equal(draw(net, 3, y=[1, 2, 1]), draw(net, 3, y=torch.tensor([1, 2, 1])))
 

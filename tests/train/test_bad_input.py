@@ -316,9 +316,11 @@ def test_rank_0_puts_a_large_set_that_lies_in_memory_where_the_others_can_map_it
     monkeypatch.setattr(setup, "open_data", lambda config, say: opened)
     config, handed = TrainConfig(data_root=str(tmp_path)), []
     world = SimpleNamespace(
-        is_chief=True, size=2, from_chief=lambda make: handed.append(make()),
+        is_chief=True,
+        size=2,
+        from_chief=lambda make: handed.append(make()),
         together=lambda run: run(),
-    )  # fmt: skip
+    )
     assert setup.open_data_once(config, world, print) is opened and handed == [None]
     monkeypatch.setattr(setup, "HELD_BY_EACH_BYTES", 0)
     assert isinstance(setup.open_data_once(config, world, print).images, np.memmap)

@@ -174,13 +174,21 @@ def test_a_saved_run_that_does_not_clip_by_inf_goes_on_and_the_flag_may_say_so(t
 
 def test_numbers_of_numpy_and_torch_are_pythons_own_in_a_configuration():
     own = TrainConfig(
-        iterations=np.int64(5), learning_rate=np.float32(0.5), channel_mults=[np.int8(1), 2],
-        attention_resolutions=torch.tensor([1]), seed=torch.tensor(7), dropout=np.array(0.25),
-    )  # fmt: skip
+        iterations=np.int64(5),
+        learning_rate=np.float32(0.5),
+        channel_mults=[np.int8(1), 2],
+        attention_resolutions=torch.tensor([1]),
+        seed=torch.tensor(7),
+        dropout=np.array(0.25),
+    )
     plain = TrainConfig(
-        iterations=5, learning_rate=0.5, channel_mults=(1, 2), attention_resolutions=(1,), seed=7,
+        iterations=5,
+        learning_rate=0.5,
+        channel_mults=(1, 2),
+        attention_resolutions=(1,),
+        seed=7,
         dropout=0.25,
-    )  # fmt: skip
+    )
     assert own == plain and own.to_json() == plain.to_json()
     assert hash(own) == hash(plain)
     net = UNetConfig(img_channels=np.int64(1), base_channels=torch.tensor(32), channel_mults=[1])

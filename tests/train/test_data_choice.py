@@ -239,8 +239,13 @@ def test_a_run_of_before_keeps_the_plain_order_of_its_folders(tmp_path, numbered
 
 def test_of_many_classes_the_first_are_listed():
     names = tuple(f"c{i}" for i in range(30))
-    images = ImageSet(images=np.zeros((2, 1, 8, 8), np.uint8), labels=np.array([0, 1]),
-                      class_names=names, name="x", photographs=False)  # fmt: skip
+    images = ImageSet(
+        images=np.zeros((2, 1, 8, 8), np.uint8),
+        labels=np.array([0, 1]),
+        class_names=names,
+        name="x",
+        photographs=False,
+    )
     (line,) = class_lines(images, True)
     assert "30 classes" in line and "9 c9" in line and "c10" not in line
     assert class_lines(images, False) == []

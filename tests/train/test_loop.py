@@ -187,10 +187,13 @@ def test_on_cuda_the_run_says_in_which_precision_it_multiplies(autocast_dtype, t
         images=[], name="digits", notes=(), labels=None, num_classes=0, class_names=()
     )
     step = SimpleNamespace(
-        world=ALONE, config=TrainConfig(tf32=tf32), autocast_dtype=autocast_dtype, parameters=[],
+        world=ALONE,
+        config=TrainConfig(tf32=tf32),
+        autocast_dtype=autocast_dtype,
+        parameters=[],
         net=SimpleNamespace(image_size=16),
         batches=SimpleNamespace(images=images, device=torch.device("cuda")),
-    )  # fmt: skip
+    )
     line, *_ = announcement(step, Path("run"))
     assert f"on {told}; run folder run" in line
 

@@ -117,9 +117,15 @@ def test_the_flops_of_a_step_are_those_that_torch_counts(monkeypatch):
     # The counter hooks all modules, and a hooked upsampling would run as written
     monkeypatch.setattr(Upsample, "_readable", lambda self: True)
     config = TrainConfig(
-        base_channels=8, channel_mults=(1, 2), num_groups=4, attention_resolutions=(1,),
-        time_emb_dim=8, batch_size=8, num_timesteps=20, device="cpu",
-    )  # fmt: skip
+        base_channels=8,
+        channel_mults=(1, 2),
+        num_groups=4,
+        attention_resolutions=(1,),
+        time_emb_dim=8,
+        batch_size=8,
+        num_timesteps=20,
+        device="cpu",
+    )
     step = make_step(config, open_images("digits", data_root="."), torch.device("cpu"))
     with FlopCounterMode(display=False) as counter:
         step(0)
@@ -141,8 +147,9 @@ def test_the_bytes_of_a_convolution_are_its_tensors(transposed):
     y = call(x, weight, stride=2, padding=1)
     work = work_by_name(
         events_of(lambda: call(x, weight, stride=2, padding=1).sum().backward(), 3),
-        on_cuda=False, steps=3,
-    )  # fmt: skip
+        on_cuda=False,
+        steps=3,
+    )
     products = 2 * weight.numel() * (x if transposed else y)[:, 0].numel()
     sizes = x.numel() + weight.numel() + y.numel()
     assert work["aten::convolution"] == Work(products, 4 * sizes)
@@ -168,12 +175,17 @@ def test_our_kernels_have_the_bytes_of_their_spec(concat):
 
 def op(name, *, shapes=(), dtypes=(), kernels=(), children=(), at=0.0, lasts=1.0):
     event = SimpleNamespace(
-        name=name, input_shapes=[list(s) for s in shapes], input_dtypes=list(dtypes),
-        concrete_inputs=[], cpu_children=list(children), cpu_parent=None,
-        device_type=DeviceType.CPU, is_user_annotation=False,
+        name=name,
+        input_shapes=[list(s) for s in shapes],
+        input_dtypes=list(dtypes),
+        concrete_inputs=[],
+        cpu_children=list(children),
+        cpu_parent=None,
+        device_type=DeviceType.CPU,
+        is_user_annotation=False,
         kernels=[SimpleNamespace(name=k, duration=us) for k, us in kernels],
         time_range=SimpleNamespace(start=at, end=at + lasts, elapsed_us=lambda: lasts),
-    )  # fmt: skip
+    )
     for child in children:
         child.cpu_parent = event
     return event

@@ -69,9 +69,14 @@ def check_dropout(x: Tensor, p: float, rng: Optional, stream: int) -> None:
 
 
 def check_optional(
-    x: Tensor, channels: int, scale: Optional, shift: Optional, add: Optional, residual: Optional,
+    x: Tensor,
+    channels: int,
+    scale: Optional,
+    shift: Optional,
+    add: Optional,
+    residual: Optional,
     concat: Optional,
-) -> None:  # fmt: skip
+) -> None:
     n, c1 = x.shape[:2]
     c2 = 0
     if concat is not None:

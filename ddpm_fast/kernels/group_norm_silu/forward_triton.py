@@ -319,10 +319,15 @@ def sweep_candidates(values: Mapping[str, Any], arch: int) -> list[tuple[str, st
 def sweep_launch(kernel: str, values: Mapping[str, Any], arch: int) -> Launch:
     """The launch of a Case's values, 16-bit, under the current launch table."""
     shape = Shape(
-        values["c1"], values.get("c2", 0), values["hw"], bool(values.get("add")),
-        values.get("activation", "silu") is not None, bool(values.get("dropout")),
-        forward=(None, None), backward=(None, None),
-    )  # fmt: skip
+        values["c1"],
+        values.get("c2", 0),
+        values["hw"],
+        bool(values.get("add")),
+        values.get("activation", "silu") is not None,
+        bool(values.get("dropout")),
+        forward=(None, None),
+        backward=(None, None),
+    )
     return _launch(kernel.rpartition(".")[2], values["n"], shape, arch)
 
 
