@@ -16,6 +16,7 @@ from ddpm_fast.runtime.gpus import nvml_uuid
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMIT_VARIABLE, UNKNOWN_COMMIT = "DDPM_FAST_COMMIT", "unknown"
+NO_GPU = "no CUDA device that torch can use; --dry-run runs tiny sizes on the CPU"
 PACKAGES = ("torch", "triton", "numpy", "ddpm-fast", "diffusers", "liger-kernel", "setuptools")
 
 
@@ -45,6 +46,12 @@ def describe() -> dict[str, Any]:
     else:
         found["threads"] = torch.get_num_threads()
     return found
+
+
+def has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def sdpa_backend() -> str:

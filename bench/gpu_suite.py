@@ -176,6 +176,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     minutes = minutes if args.minutes is None else args.minutes
     if minutes <= 0:
         parser.error(f"--minutes {minutes:g} must be positive")
+    if not args.dry_run and not environment.has_gpu():
+        print(environment.NO_GPU)
+        return 1
     out = args.out.resolve()
     try:
         out.mkdir(parents=True, exist_ok=True)

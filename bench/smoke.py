@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 
-from bench import processes
+from bench import environment, processes
 from bench.arguments import ArgumentParser
 from bench.failures import failure
 from bench.results import Results, set_aside
@@ -272,8 +272,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     seconds = seconds if args.seconds is None else args.seconds
     if not seconds > 0:
         parser.error(f"--seconds {seconds:g} must be positive")
-    if not args.dry_run and not torch.cuda.is_available():
-        print("no CUDA device that torch can use; --dry-run walks the checks on the CPU")
+    if not args.dry_run and not environment.has_gpu():
+        print(environment.NO_GPU)
         return 1
     if args.only:
         processes.end_with_parent()

@@ -271,8 +271,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--go-on", action="store_true", help="after the rows that it has")
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args(argv)
-    if not args.dry_run and not torch.cuda.is_available():
-        print("no CUDA device that torch can use; --dry-run walks the stages on the CPU")
+    if not args.dry_run and not environment.has_gpu():
+        print(environment.NO_GPU)
         return 1
     device = torch.device("cpu" if args.dry_run else "cuda")
     torch.backends.cudnn.benchmark = True
