@@ -1,7 +1,8 @@
 """What tests of several folders share: tiny trained runs, and how a command refuses."""
 
+import importlib
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,11 @@ from ddpm_fast.train.__main__ import main
 from tests.checkpoint_states import Gate
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first import of Triton
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # before the first import of Triton, which is now
+    with suppress(ImportError):
+        importlib.import_module("triton.language")
 
 # A net of 10 thousand parameters on the digits, 5 diffusion steps: a training run takes under 1 s.
 # Its steps are shorter than the write of a checkpoint, and tests name the steps that are saved.
